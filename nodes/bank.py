@@ -1,0 +1,111 @@
+"""Build, save and load negation banks."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+
+from ..safe_denoiser import LatentCache, encode_bank, load_bank, save_bank
+from ..safe_denoiser.bank import FITS
+from . import folders
+from .fingerprint import fingerprint, fingerprint_weights
+from .types import CATEGORY, NegationBankType, NegationSetType
+
+DECODABLE = "The latents of a bank can be decoded back into pictures: share one as you would share the pictures."
+
+
+def image_size(latent, vae) -> tuple[int, int]:
+    """(height, width) in pixels of what a latent decodes to.
+
+    Raises:
+        ValueError: audio latents.
+    """
+    samples = latent["samples"]
+    if samples.ndim < 4:
+        raise ValueError(f"latent is {tuple(samples.shape)}, which is audio; the safe denoiser needs image (4-D) or video (5-D) latents")
+    scale = vae.spacial_compression_encode()
+    return samples.shape[-2] * scale, samples.shape[-1] * scale
+
+
+class BuildNegationBank(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SafeDenoiserBuildNegationBank", display_name="Build Negation Bank", category=CATEGORY,
+            description="Encodes every picture of a negation set with the model's VAE, at the size that will be sampled. Each picture is "
+                        "encoded once and cached on disk. " + DECODABLE,
+            inputs=[
+                NegationSetType.Input("negation_set", tooltip="The pictures."),
+                io.Vae.Input("vae", tooltip="The VAE of the model that will be sampled."),
+                io.Latent.Input("latent", tooltip="The latent that will be sampled, for its height and width only."),
+                io.Combo.Input("fit", options=list(FITS), default="crop",
+                               tooltip="How pictures of another shape are fitted. crop: fill and cut the overhang. pad: whole picture on black. "
+                                       "stretch: distort."),
+            ],
+            outputs=[NegationBankType.Output(display_name="negation_bank", tooltip="The latents of the set.")],
+        )
+
+    @classmethod
+    def execute(cls, negation_set, vae, latent, fit) -> io.NodeOutput:
+        bar = comfy.utils.ProgressBar(len(negation_set))
+        cache = LatentCache(folders.cache("latents"), fingerprint(fingerprint_weights(vae.patcher), str(vae.vae_dtype)))
+
+        def progress(done, total):
+            bar.update_absolute(done, total)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
+        bank = encode_bank(negation_set, lambda image: vae.encode(image[None])[0], image_size(latent, vae), fit, progress, cache)
+        metadata = {**bank.metadata, "space": "vae", "skipped": json.dumps(negation_set.skipped)}
+        return io.NodeOutput(replace(bank, metadata=metadata))
+
+
+class SaveNegationBank(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SafeDenoiserSaveNegationBank", display_name="Save Negation Bank", category=CATEGORY, is_output_node=True,
+            description="Writes a bank as safetensors into output/negation_banks. " + DECODABLE,
+            inputs=[
+                NegationBankType.Input("negation_bank", tooltip="The bank to write."),
+                io.String.Input("filename_prefix", default="bank", tooltip="Start of the file name; a number is appended, nothing is overwritten."),
+            ],
+            outputs=[NegationBankType.Output(display_name="bank", tooltip="The same bank, unchanged.")],
+        )
+
+    @classmethod
+    def execute(cls, negation_bank, filename_prefix) -> io.NodeOutput:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(
+            f"{folders.BANKS}/{filename_prefix}", folder_paths.get_output_directory())
+        path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        save_bank(negation_bank, path)
+        return io.NodeOutput(negation_bank, ui={"text": [f"{path.name}: {len(negation_bank)} latents"]})
+
+
+class LoadNegationBank(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SafeDenoiserLoadNegationBank", display_name="Load Negation Bank", category=CATEGORY,
+            description="Reads a bank from output/negation_banks or models/negation_banks. It fits the VAE and size it was built with. " + DECODABLE,
+            inputs=[io.Combo.Input("bank", options=folders.list_banks(),
+                                   tooltip="A safetensors file that Save Negation Bank wrote. Press R after adding one.")],
+            outputs=[NegationBankType.Output(display_name="negation_bank", tooltip="The bank.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, bank):
+        return folders.problem(folders.BANKS, bank)
+
+    @classmethod
+    def fingerprint_inputs(cls, bank):
+        return folders.state(folders.resolve(folders.BANKS, bank))
+
+    @classmethod
+    def execute(cls, bank) -> io.NodeOutput:
+        return io.NodeOutput(load_bank(folders.resolve(folders.BANKS, bank)))
+
+
+NODES = [BuildNegationBank, SaveNegationBank, LoadNegationBank]

@@ -1,0 +1,62 @@
+"""Sample Reference Bank: what the model makes by itself."""
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy_api.latest import io
+
+from ..safe_denoiser import Bank, load_bank, save_bank
+from . import folders
+from .fingerprint import fingerprint, fingerprint_weights
+from .types import CATEGORY, NegationBankType
+
+
+def sample_bank(model, conditioning, shape, count, seed, steps, sampler_name, scheduler, batch_size) -> Bank:
+    """`count` samples of the model at cfg 1, as a bank of raw VAE latents; progress and interrupt after each model step."""
+    latents, bar = [], comfy.utils.ProgressBar(steps * -(-count // batch_size))
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, count, batch_size):
+        empty = torch.zeros(min(batch_size, count - start), *shape)
+        noise = torch.randn(empty.shape, generator=generator)
+        latents.append(comfy.sample.sample(model, noise, steps, 1.0, sampler_name, scheduler, conditioning, conditioning, empty,
+                                           callback=lambda *_: bar.update(1), disable_pbar=True, seed=seed + start).cpu())
+    return Bank(torch.cat(latents), metadata={"space": "vae", "source": "reference samples", "steps": str(steps)})
+
+
+class SampleReferenceBank(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SafeDenoiserSampleReferenceBank", display_name="Sample Reference Bank", category=CATEGORY,
+            description="What the model makes by itself: samples under the empty prompt. Against this the safe denoiser judges how unsafe a "
+                        "latent is. Sampled once per model, size and settings, then read from disk.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will be sampled, with its LoRAs, without the safe denoiser."),
+                io.Latent.Input("latent", tooltip="The latent that will be sampled, for its size only."),
+                io.Conditioning.Input("conditioning", tooltip="The empty prompt (or a broad one such as 'photo', to narrow what is compared)."),
+                io.Int.Input("count", default=100, min=1, max=10_000,
+                             tooltip="Number of samples. 50 to 300 work; more costs time once, and a little at each step."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Seed of the samples."),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps per sample."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="Sampler of the samples."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", tooltip="Schedule of the samples."),
+                io.Int.Input("batch_size", default=4, min=1, max=256, tooltip="Samples made at once; more is faster and takes more memory."),
+            ],
+            outputs=[NegationBankType.Output(display_name="reference_bank", tooltip="The model's own samples, for reference_bank inputs.")],
+        )
+
+    @classmethod
+    def execute(cls, model, latent, conditioning, count, seed, steps, sampler_name, scheduler, batch_size) -> io.NodeOutput:
+        samples = latent["samples"]
+        if samples.ndim < 4:
+            raise ValueError(f"latent is {tuple(samples.shape)}, which is audio; the safe denoiser needs image or video latents")
+        shape = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1])).shape[1:]
+        settings = (shape, count, seed, steps, sampler_name, scheduler, batch_size)
+        path = folders.cache("reference") / f"{fingerprint(fingerprint_weights(model), conditioning, *settings)}.safetensors"
+        if not path.exists():
+            save_bank(sample_bank(model, conditioning, *settings), path)
+        return io.NodeOutput(load_bank(path))
+
+
+NODES = [SampleReferenceBank]

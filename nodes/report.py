@@ -1,0 +1,33 @@
+"""Safe Denoiser Report: what the guidance did, as a picture and as text."""
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..safe_denoiser import Report
+from .types import CATEGORY, NegationSetType, ReportType
+
+
+class SafeDenoiserReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SafeDenoiserReport", display_name="Safe Denoiser Report", category=CATEGORY, is_output_node=True,
+            description="Posterior P(unsafe | x) and size of the correction at each step, what was clamped, and why a run did nothing.",
+            inputs=[
+                ReportType.Input("report", tooltip="From Safe KSampler or Apply Safe Denoiser."),
+                io.Latent.Input("samples", optional=True,
+                                tooltip="The sampled latent. Needed with Apply Safe Denoiser, so that the report is read after sampling."),
+                NegationSetType.Input("negation_set", optional=True,
+                                      tooltip="The set of the bank: the three pictures that pushed most are shown, blurred. Optional."),
+            ],
+            outputs=[io.Image.Output(display_name="plot", tooltip="The plot."), io.String.Output(display_name="table", tooltip="One line per step.")],
+        )
+
+    @classmethod
+    def execute(cls, report, samples=None, negation_set=None) -> io.NodeOutput:
+        read = Report(list(report.steps), list(report.notes))  # the live one is filled again by the next run
+        plot = torch.from_numpy(np.asarray(read.plot(negation_set=negation_set), dtype=np.float32) / 255)[None]
+        return io.NodeOutput(plot, read.table(), ui={**ui.PreviewImage(plot, cls=cls).as_dict(), "text": (read.table(),)})
+
+
+NODES = [SafeDenoiserReport]

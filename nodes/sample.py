@@ -1,0 +1,184 @@
+"""Apply Safe Denoiser and Safe KSampler: the only place where the core meets the sampling loop."""
+import comfy.patcher_extension
+import comfy.samplers
+import nodes as comfy_nodes
+import torch
+from comfy_api.latest import io
+
+from ..safe_denoiser import Bank, Report, SafeDenoiser
+from ..safe_denoiser.denoiser import METHODS, WEIGHTS
+from .types import CATEGORY, NegationBankType, ReportType
+
+KEY = "safe_denoiser"
+
+
+def forward_process(model_sampling, sigma: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sigma, alpha) of x = alpha x0 + sigma eps, (B,) each, for any model class: asked of ComfyUI's own noise_scaling."""
+    one = torch.ones([len(sigma)] + [1] * (ndim - 1), device=sigma.device)
+    std = model_sampling.noise_scaling(sigma, one, torch.zeros_like(one))
+    alpha = model_sampling.noise_scaling(sigma, torch.zeros_like(one), one)
+    return std.flatten(), alpha.flatten()
+
+
+def to_model(bank: Bank | None, model, like: torch.Tensor, bank_size: str, notes: list[str]) -> Bank | None:
+    """A bank of VAE latents in the space and on the device of the sampler, resized when asked."""
+    if bank is None:
+        return None
+    latents = bank.latents.to(like.device, torch.float32)
+    if bank.metadata.get("space") == "vae":
+        latents = model.process_latent_in(latents)
+    bank = Bank(latents, bank.names, bank.metadata, None if bank.weights is None else bank.weights.to(like.device))
+    if bank_size == "interpolate" and bank.latents.shape[-2:] != like.shape[-2:]:
+        notes.append(f"bank resized from {tuple(bank.latents.shape[1:])} to the sampler's {tuple(like.shape[1:])}")
+        bank = bank.resized(like.shape[-2:])
+    return bank
+
+
+def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, **settings):
+    """A clone of `model` that samples away from the bank, and the Report that its latest run fills.
+
+    Args:
+        banks: `bank`, `retain` and `reference`, as SafeDenoiser names them.
+        start, end: window, as fractions of the schedule.
+        bank_size: "exact" refuses a bank of another size, "interpolate" resizes it.
+        settings: the other arguments of SafeDenoiser.
+    """
+    SafeDenoiser(**banks, **settings)  # says at once what is wrong with them
+    patched, report, run = model.clone(), Report([], []), {}
+
+    def begin(guider, noise):
+        if noise.ndim < 4:
+            raise ValueError(f"the sampler runs at {tuple(noise.shape[1:])}, which is audio; the safe denoiser needs image or video latents")
+        sampling, notes = guider.inner_model.model_sampling, []
+        moved = {name: to_model(bank, guider.inner_model, noise, bank_size, notes) for name, bank in banks.items()}
+        window = {"sigma_start": float(sampling.percent_to_sigma(start)), "sigma_end": float(sampling.percent_to_sigma(end))}
+        run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling)
+        report.steps.clear()
+        report.notes[:] = dict.fromkeys(notes)
+
+    def sampler_sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
+        begin(guider, noise)
+        try:
+            return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+        finally:
+            run.clear()  # frees the device's copy of the banks
+
+    def predict_noise(executor, x, timestep, *args, **kwargs):
+        denoised = executor(x, timestep, *args, **kwargs)
+        if not run:  # a guider that was called without its sampler
+            begin(executor.class_obj, x)
+        safe_denoised, step = run["denoiser"].safe(x, denoised, *forward_process(run["sampling"], timestep, x.ndim))
+        if step is not None:
+            report.steps.append(step)
+        return safe_denoised
+
+    wrappers = comfy.patcher_extension.WrappersMP
+    patched.add_wrapper(wrappers.SAMPLER_SAMPLE, sampler_sample)
+    patched.add_wrapper(wrappers.PREDICT_NOISE, predict_noise)
+    return patched, report
+
+
+def bank_inputs() -> list[io.Input]:
+    return [
+        NegationBankType.Input("negation_bank", tooltip="What must not come out, from Build or Load Negation Bank."),
+        NegationBankType.Input("retain_bank", optional=True,
+                               tooltip="Pictures to keep: the sampler is steered from the negation bank towards these. Optional."),
+        NegationBankType.Input("reference_bank", optional=True,
+                               tooltip="The model's own samples, from Sample Reference Bank. Gives the best results. Optional."),
+    ]
+
+
+def guidance_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input("method", options=list(METHODS), default="safe_denoiser",
+                       tooltip="safe_denoiser: steers by the banks that are connected (recommended). spell: pushes out of a shield around each "
+                               "picture. official: the rule of the paper's published code; set strength 0.33 and window 0 to 0.22 as published."),
+        io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01,
+                       tooltip="How far each prediction is moved: 1 as derived, 0 off (bit for bit the stock sampler), up to 2 for more."),
+        io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01,
+                       tooltip="Fraction of the schedule at which the safe denoiser starts. 0: from the first step."),
+        io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01,
+                       tooltip="Fraction of the schedule at which it stops. 1: to the last step. Early steps decide what a picture shows."),
+        io.Combo.Input("bank_size", options=["exact", "interpolate"], default="exact",
+                       tooltip="exact: a bank of another size than the latent is an error. interpolate: it is resized, which blurs it."),
+    ]
+
+
+OUTPUT_REPORT = "What was done at each step. Connect it to Safe Denoiser Report."
+
+
+class ApplySafeDenoiser(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        method, strength, *rest = guidance_inputs()
+        return io.Schema(
+            node_id="SafeDenoiserApply", display_name="Apply Safe Denoiser", category=CATEGORY,
+            description="Patches a model so that any sampler and guider steers away from the negation bank at each step (arXiv:2502.08011).",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to patch; it is cloned, the original stays as it is."), *bank_inputs(),
+                method, strength, *rest,
+                io.Combo.Input("weight", options=list(WEIGHTS), default="auto",
+                               tooltip="How P(unsafe | x) is found. auto: evidence with a reference bank, retain with a retain bank, else gate. "
+                                       "Only for method safe_denoiser."),
+                io.Float.Input("prior", default=0.3, min=0.001, max=0.999, step=0.001,
+                               tooltip="Share of unsafe pictures among what the model makes by itself, as a probability. Higher steers harder."),
+                io.Float.Input("evidence", default=2.0, min=0.0, max=20.0, step=0.1,
+                               tooltip="How much the prediction itself counts in P(unsafe | x). 0: not at all (the theorem as printed)."),
+                io.Float.Input("bandwidth", default=0.0, min=0.0, max=100.0, step=0.01,
+                               tooltip="Kernel width around each picture, in latent units. 0: automatic."),
+                io.Float.Input("temperature", default=0.0, min=0.0, max=100_000.0, step=0.1,
+                               tooltip="Spreads the weights over more pictures. 1: exact densities. 0: automatic."),
+                io.Float.Input("radius", default=0.0, min=0.0, max=10_000.0, step=0.1,
+                               tooltip="Shield radius of spell, latent L2 distance. 0: automatic."),
+                io.Float.Input("threshold", default=1e-9, min=0.0, max=1e6, step=1e-9, round=False,
+                               tooltip="Gate of method official: open where the kernel sum exceeds it. 0: always open."),
+            ],
+            outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider."),
+                     ReportType.Output(display_name="report", tooltip=OUTPUT_REPORT)],
+        )
+
+    @classmethod
+    def execute(cls, model, negation_bank, method, strength, start, end, bank_size, weight, prior, evidence, bandwidth, temperature,
+                radius, threshold, retain_bank=None, reference_bank=None) -> io.NodeOutput:
+        return io.NodeOutput(*patch(
+            model, dict(bank=negation_bank, retain=retain_bank, reference=reference_bank), start, end, bank_size, method=method,
+            weight=weight, strength=strength, prior=prior, evidence=evidence, bandwidth=bandwidth or None,
+            temperature=temperature or None, radius=radius or None, threshold=threshold))
+
+
+class SafeKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SafeDenoiserKSampler", display_name="Safe KSampler", category=CATEGORY,
+            description="KSampler that steers away from a negation bank at each step, with no training (arXiv:2502.08011). The same as Apply "
+                        "Safe Denoiser followed by KSampler.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model used for denoising the input latent."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="Seed of the noise."),
+                io.Int.Input("steps", default=20, min=1, max=10_000, tooltip="Number of sampling steps."),
+                io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                               tooltip="Classifier-free guidance scale. 1: no guidance."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The sampling algorithm."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", tooltip="The noise schedule."),
+                io.Conditioning.Input("positive", tooltip="What the picture should show."),
+                io.Conditioning.Input("negative", tooltip="What the picture should not show, in words."),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
+                               tooltip="Amount of denoising: below 1 keeps some of the input latent. 0: returns it as it is."),
+                *bank_inputs(), *guidance_inputs(),
+            ],
+            outputs=[io.Latent.Output(tooltip="The denoised latent."), ReportType.Output(display_name="report", tooltip=OUTPUT_REPORT)],
+        )
+
+    @classmethod
+    def execute(cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, negation_bank, method,
+                strength, start, end, bank_size, retain_bank=None, reference_bank=None) -> io.NodeOutput:
+        banks = dict(bank=negation_bank, retain=retain_bank, reference=reference_bank)
+        patched, report = patch(model, banks, start, end, bank_size, method=method, strength=strength)
+        latent = comfy_nodes.common_ksampler(patched, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
+                                             denoise=denoise)[0]
+        return io.NodeOutput(latent, report)
+
+
+NODES = [ApplySafeDenoiser, SafeKSampler]

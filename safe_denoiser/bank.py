@@ -1,0 +1,229 @@
+"""Bank: the latents of a negation set, with names and metadata; encode, merge, save, load."""
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .negation_set import NegationSet
+
+FORMAT, VERSION = "safe_denoiser.bank", 1
+FITS = ("crop", "pad", "stretch")
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """Latents y_1 ... y_N of pictures. They can be decoded back into pictures: share a bank as you would share the pictures.
+
+    Args:
+        latents: (N, C, *spatial), finite; in the space in which `x` lives when the bank is used.
+        names: one per latent, or none.
+        metadata: strings that travel with the file.
+        weights: (N,) relative weight pi_n of each item, or None for equal weights.
+
+    Raises:
+        ValueError: no latent, a wrong shape, a value that is not finite, names or weights of another length.
+    """
+
+    latents: torch.Tensor
+    names: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+    weights: torch.Tensor | None = None
+
+    def __post_init__(self):
+        n = len(self.latents) if self.latents.ndim else 0
+        if n == 0 or self.latents.ndim < 2:
+            raise ValueError(f"bank latents are {tuple(self.latents.shape)}; need (N, C, *spatial) with N >= 1, "
+                             f"so build the bank from at least one picture")
+        if not bool(torch.isfinite(self.latents).all()):
+            raise ValueError("bank latents hold NaN or infinity; rebuild the bank, with the VAE in fp32 if it overflowed")
+        if self.names and len(self.names) != n:
+            raise ValueError(f"bank has {n} latents but {len(self.names)} names; give one name per latent or none")
+        if self.weights is not None and (self.weights.shape != (n,) or not bool((self.weights > 0).all())):
+            raise ValueError(f"bank weights are {tuple(self.weights.shape)}; need {n} positive numbers, one per latent")
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @cached_property
+    def squared_norms(self) -> torch.Tensor:
+        """|y_n|^2, (N,), accumulated in fp32 or better."""
+        return self.latents.flatten(1).to(torch.promote_types(self.latents.dtype, torch.float32)).square().sum(1)
+
+    @cached_property
+    def log_weights(self) -> torch.Tensor:
+        """log pi_n with sum pi_n = 1, (N,)."""
+        weights = torch.ones(len(self), device=self.latents.device) if self.weights is None else self.weights
+        return (weights.to(torch.promote_types(weights.dtype, torch.float32)) / weights.sum()).log()
+
+    def to(self, device=None, dtype=None) -> "Bank":
+        """The same bank on another device or in another dtype."""
+        weights = None if self.weights is None else self.weights.to(device)
+        return replace(self, latents=self.latents.to(device, dtype), weights=weights)
+
+    def normalised(self) -> "Bank":
+        """The same bank with each location at unit norm over the channels, as the published code stores it."""
+        return replace(self, latents=F.normalize(self.latents, dim=1))
+
+    def resized(self, size: Sequence[int]) -> "Bank":
+        """The same bank with latents interpolated (bilinear, antialiased) to the spatial size (..., height, width)."""
+        flat = self.latents.reshape(-1, 1, *self.latents.shape[-2:])
+        sized = F.interpolate(flat.float(), tuple(size), mode="bilinear", antialias=True)
+        return replace(self, latents=sized.reshape(*self.latents.shape[:-2], *size).to(self.latents.dtype))
+
+
+def merge_banks(banks: Sequence[Bank]) -> Bank:
+    """One bank with the items of all, weighing each item as before relative to its own bank's mean weight.
+
+    Raises:
+        ValueError: latents of different shapes, or of different spaces.
+    """
+    shapes = {tuple(bank.latents.shape[1:]) for bank in banks}
+    spaces = {bank.metadata.get("space", "model") for bank in banks}
+    if len(shapes) != 1 or len(spaces) != 1:
+        raise ValueError(f"banks hold latents of shapes {sorted(shapes)} in spaces {sorted(spaces)}; "
+                         f"build them with the same VAE at the same size")
+    names = sum((bank.names or tuple(map(str, range(len(bank)))) for bank in banks), ())
+    weights = None
+    if any(bank.weights is not None for bank in banks):
+        weights = torch.cat([bank.log_weights.exp() * len(bank) for bank in banks])
+    return Bank(torch.cat([bank.latents for bank in banks]), names, dict(banks[0].metadata), weights)
+
+
+def fit_picture(pixels: torch.Tensor, size: tuple[int, int], fit: str) -> torch.Tensor:
+    """Resize a picture (H, W, 3) to `size` = (height, width).
+
+    Args:
+        fit: "crop" fills the size and cuts the overhang, "pad" keeps the whole picture on black, "stretch" distorts.
+    """
+    if fit not in FITS:
+        raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}")
+    height, width = size
+    image = pixels.movedim(-1, 0)[None]
+    h, w = image.shape[-2:]
+    if fit != "stretch":
+        scale = (max if fit == "crop" else min)(height / h, width / w)
+        h, w = max(1, round(h * scale)), max(1, round(w * scale))
+    else:
+        h, w = height, width
+    if (h, w) != tuple(image.shape[-2:]):
+        image = F.interpolate(image, (h, w), mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (h - height) // 2, (w - width) // 2
+    if fit == "pad":
+        image = F.pad(image, (-left, width - w + left, -top, height - h + top))
+    elif fit == "crop":
+        image = image[..., top:top + height, left:left + width]
+    return image[0].movedim(0, -1)
+
+
+class LatentCache:
+    """Latents on disk, one file per picture, so that no picture is encoded twice.
+
+    Args:
+        folder: where the files go; made when missing.
+        encoder: a fingerprint of whatever turns pixels into latents (the VAE's weights).
+    """
+
+    def __init__(self, folder: str | Path, encoder: str):
+        self.folder, self.encoder = Path(folder), encoder
+
+    def path(self, fingerprint: str, size: Sequence[int], fit: str) -> Path:
+        key = json.dumps([VERSION, self.encoder, fingerprint, list(size), fit])
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+    def get(self, path: Path) -> torch.Tensor | None:
+        """The stored latent, or None when there is none or it is damaged."""
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor("latent")
+        except (OSError, SafetensorError):
+            return None
+
+    def put(self, path: Path, latent: torch.Tensor) -> None:
+        _write(path, {"latent": latent})
+
+
+def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torch.Tensor], size: tuple[int, int],
+                fit: str = "crop", progress: Callable[[int, int], None] | None = None,
+                cache: LatentCache | None = None) -> Bank:
+    """Encode every picture of a set, one at a time (video VAEs read a batch as frames).
+
+    Args:
+        negation_set: the pictures.
+        encode: one image (height, width, 3) in [0, 1] -> one latent (C, *spatial).
+        size: (height, width) in pixels.
+        fit: how a picture of another shape is brought to `size`, see `fit_picture`.
+        progress: called as progress(done, total) after each picture; may raise to interrupt.
+        cache: latents found there are not encoded again; each new one is stored at once, so an interrupt loses nothing.
+
+    Returns:
+        Bank with latents (N, C, *spatial) in the space of `encode`, and the pictures' names.
+    """
+    latents = []
+    for i, (read, fingerprint) in enumerate(zip(negation_set.readers, negation_set.fingerprints)):
+        path = cache and cache.path(fingerprint, size, fit)
+        latent = cache and cache.get(path)
+        if latent is None:
+            latent = encode(fit_picture(read(), size, fit)).detach().cpu().contiguous()
+            if cache:
+                cache.put(path, latent)
+        latents.append(latent)
+        if progress:
+            progress(i + 1, len(negation_set))
+    return Bank(torch.stack(latents), negation_set.names, {"size": f"{size[0]}x{size[1]}", "fit": fit})
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write through a temporary file in the same folder: a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def save_bank(bank: Bank, path: str | Path) -> None:
+    """Write a bank as safetensors: tensors `latents` (and `weights`), string metadata `format`, `version`, `names`, `metadata`."""
+    tensors = {"latents": bank.latents.cpu().contiguous()}
+    if bank.weights is not None:
+        tensors["weights"] = bank.weights.cpu().contiguous()
+    _write(Path(path), tensors, {"format": FORMAT, "version": str(VERSION),
+                                 "names": json.dumps(bank.names), "metadata": json.dumps(bank.metadata)})
+
+
+def load_bank(path: str | Path) -> Bank:
+    """Read a bank that `save_bank` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, not a bank, or written by a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"negation bank {path.name!r} does not exist; save one with save_bank or Save Negation Bank")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise ValueError(f"{path.name!r} is a safetensors file but not a negation bank; "
+                                 f"build one with encode_bank or Build Negation Bank")
+            if int(header["version"]) > VERSION:
+                raise ValueError(f"{path.name!r} is a negation bank of version {header['version']}, this pack reads up to "
+                                 f"{VERSION}; update the pack")
+            weights = file.get_tensor("weights") if "weights" in file.keys() else None
+            return Bank(file.get_tensor("latents"), tuple(json.loads(header["names"])), json.loads(header["metadata"]), weights)
+    except SafetensorError as error:
+        raise ValueError(f"{path.name!r} is not a readable safetensors file ({error}); it may be truncated: "
+                         f"copy or build it again") from error

@@ -1,0 +1,119 @@
+"""Report: the steps of one run -> table, JSON, plot."""
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from .denoiser import Step
+from .negation_set import NegationSet, thumbnail
+
+COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194), (23, 190, 207))
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What the safe denoiser did over one run. The steps' tensors stay on their device until the report is read.
+
+    Args:
+        steps: one Step per model call, in order.
+        notes: lines for the reader, such as "bank resized".
+    """
+
+    steps: Sequence[Step]
+    notes: Sequence[str] = field(default=())
+
+    @cached_property
+    def values(self) -> dict[str, np.ndarray]:
+        """Every field of Step as an array (calls, batch)."""
+        names = Step.__dataclass_fields__
+        if not self.steps:
+            return {name: np.zeros((0, 0)) for name in names}
+        return {name: torch.stack([getattr(step, name) for step in self.steps]).cpu().float().numpy() for name in names}
+
+    @cached_property
+    def summary(self) -> dict[str, float]:
+        """Counts of one run; `posterior` and `correction` are the largest values seen."""
+        v = self.values
+        return {
+            "model_calls": len(self.steps),
+            "corrected_calls": int(v["active"].any(1).sum()) if len(self.steps) else 0,
+            "clamped": int(v["clamped"].sum()),
+            "fallbacks": int(v["fallback"].sum()),
+            "posterior": float(v["posterior"].max(initial=0)),
+            "correction": float(v["correction"].max(initial=0)),
+        }
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: what happened, or why nothing did."""
+        s = self.summary
+        if not s["model_calls"]:
+            return "no model call was recorded: strength is 0, or the sampler has not run yet (connect its LATENT to this report)"
+        if s["fallbacks"]:
+            return f"the model gave NaN or infinity {s['fallbacks']} times; those predictions were left as they were"
+        if not s["corrected_calls"]:
+            return f"nothing was corrected: none of the {s['model_calls']} model calls lay in the window"
+        if s["posterior"] < 0.01:
+            return "the bank never came near: posterior below 0.01 at every step"
+        return f"corrected {s['corrected_calls']} of {s['model_calls']} model calls, posterior up to {s['posterior']:.2f}"
+
+    def table(self) -> str:
+        """A line per model call: mean over the batch, largest in brackets."""
+        v = self.values
+        lines = [self.verdict, *self.notes, "call   sigma      posterior r     correction      active"]
+        for i in range(len(self.steps)):
+            r, c = v["posterior"][i], v["correction"][i]
+            lines.append(f"{i + 1:>4}  {v['sigma'][i].max():>7.3f}   {r.mean():.3f} ({r.max():.3f})   {c.mean():.4f} ({c.max():.4f})   "
+                         f"{int(v['active'][i].sum())}/{len(r)}")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Summary, notes and every value, as JSON."""
+        return json.dumps({"verdict": self.verdict, "summary": self.summary, "notes": list(self.notes),
+                           "steps": {name: value.tolist() for name, value in self.values.items()}})
+
+    def pushed_most(self, count: int = 3) -> list[int]:
+        """Indices of the bank items that weighed most where something was corrected, heaviest first."""
+        v = self.values
+        total = np.bincount(v["nearest"].astype(int).ravel(), v["correction"].ravel()) if v["nearest"].size else np.zeros(0)
+        return [int(i) for i in np.argsort(-total)[:count] if total[i] > 0]
+
+    def plot(self, width: int = 720, height: int = 400, negation_set: NegationSet | None = None, blurred: bool = True) -> Image.Image:
+        """Two panels over the model calls, one line per picture: posterior r, and the correction relative to the prediction.
+
+        Args:
+            negation_set: the set of the bank; the three pictures that pushed most are then shown on the right.
+            blurred: blur those pictures beyond recognition.
+        """
+        picture = Image.new("RGB", (width, height), "white")
+        draw = ImageDraw.Draw(picture)
+        draw.text((10, 6), self.verdict[: width // 6 - 3], "black")
+        panels = (("posterior", "posterior r", 1.0), ("correction", "|correction| / |denoised|", None))
+        for k, (name, title, top) in enumerate(panels):
+            box = (50, 45 + k * (height - 60) // 2, width - 15, 45 + (k + 1) * (height - 60) // 2 - 35)
+            self._panel(draw, box, self.values[name], title, top)
+        if negation_set is None:
+            return picture
+        wide = Image.new("RGB", (width + 150, height), "white")
+        wide.paste(picture)
+        for k, item in enumerate(i for i in self.pushed_most() if i < len(negation_set)):
+            wide.paste(thumbnail(negation_set.readers[item](), 110, blurred), (width + 20, 20 + 125 * k))
+            ImageDraw.Draw(wide).text((width + 20, 7 + 125 * k), negation_set.names[item][:18], "black")
+        return wide
+
+    def _panel(self, draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], values: np.ndarray, title: str, top: float | None):
+        left, upper, right, lower = box
+        top = top or float(values.max(initial=0)) or 1.0
+        draw.rectangle(box, outline="gray")
+        draw.text((left, upper - 14), title, "black")
+        draw.text((6, upper - 4), f"{top:.2g}", "black")
+        draw.text((30, lower - 10), "0", "black")
+        draw.text((right - 60, lower + 4), f"{len(values)} calls", "black")
+        for row in range(values.shape[1] if values.size else 0):
+            points = [(left + (right - left) * (i + 0.5) / len(values), lower - (lower - upper) * min(1.0, value / top))
+                      for i, value in enumerate(values[:, row])]
+            draw.line(points * (2 if len(points) == 1 else 1), COLOURS[row % len(COLOURS)], 2)

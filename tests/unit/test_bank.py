@@ -1,0 +1,169 @@
+import threading
+
+import pytest
+import torch
+from safe_denoiser import Bank, LatentCache, NegationSet, encode_bank, load_bank, merge_banks, save_bank
+from safe_denoiser.bank import fit_picture
+from safetensors.torch import save_file
+
+
+def encode(image):
+    """A stand-in VAE: 8 x 8 pixel means, in 4 channels."""
+    return torch.nn.functional.avg_pool2d(image.movedim(-1, 0), 8)[[0, 1, 2, 0]]
+
+
+@pytest.fixture
+def pictures():
+    return NegationSet.from_images(torch.rand(5, 40, 56, 3, generator=torch.Generator().manual_seed(0)))
+
+
+def test_round_trip(tmp_path):
+    bank = Bank(torch.randn(3, 4, 2, 2).half(), ("a", "b", "ü"), {"space": "vae"}, torch.tensor([1.0, 2.0, 3.0]))
+    save_bank(bank, tmp_path / "deep/er/bank.safetensors")
+    read = load_bank(tmp_path / "deep/er/bank.safetensors")
+    assert torch.equal(read.latents, bank.latents) and torch.equal(read.weights, bank.weights)
+    assert (read.names, read.metadata) == (bank.names, bank.metadata)
+    assert [file.name for file in (tmp_path / "deep/er").iterdir()] == ["bank.safetensors"], "no temporary file is left"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "bank.safetensors"
+    save_bank(Bank(torch.zeros(1, 4, 2, 2)), path)
+
+    def fails(tensors, file, metadata):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safe_denoiser.bank.save_file", fails)
+    with pytest.raises(KeyboardInterrupt):
+        save_bank(Bank(torch.ones(1, 4, 2, 2)), path)
+    assert not load_bank(path).latents.any() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_that_are_no_bank_say_so(tmp_path):
+    good, path = tmp_path / "good.safetensors", tmp_path / "x.safetensors"
+    save_bank(Bank(torch.randn(9, 4, 8, 8)), good)
+    with pytest.raises(FileNotFoundError, match="negation bank 'x.safetensors' does not exist"):
+        load_bank(path)
+    for cut in (0, 5, 200, good.stat().st_size - 10):
+        path.write_bytes(good.read_bytes()[:cut])
+        with pytest.raises(ValueError, match="'x.safetensors' is not a readable safetensors file .* truncated"):
+            load_bank(path)
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="'x.safetensors' is a safetensors file but not a negation bank"):
+        load_bank(path)
+    save_file({"latents": torch.zeros(1, 4, 2, 2)}, path, {"format": "safe_denoiser.bank", "version": "99"})
+    with pytest.raises(ValueError, match="version 99, this pack reads up to 1; update the pack"):
+        load_bank(path)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((torch.zeros(0, 4, 2, 2),), r"need \(N, C, \*spatial\) with N >= 1"),
+    ((torch.zeros(3),), r"need \(N, C, \*spatial\)"),
+    ((torch.full((1, 4), torch.nan),), "NaN or infinity"),
+    ((torch.zeros(2, 4), ("a",)), "2 latents but 1 names"),
+    ((torch.zeros(2, 4), (), {}, torch.ones(3)), "need 2 positive numbers"),
+    ((torch.zeros(2, 4), (), {}, torch.tensor([1.0, 0.0])), "need 2 positive numbers"),
+])
+def test_impossible_banks_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Bank(*arguments)
+
+
+def test_weights_are_normalised_and_equal_by_default():
+    torch.testing.assert_close(Bank(torch.zeros(4, 1)).log_weights.exp(), torch.full((4,), 0.25))
+    torch.testing.assert_close(Bank(torch.zeros(2, 1), weights=torch.tensor([1.0, 3.0])).log_weights.exp(), torch.tensor([0.25, 0.75]))
+
+
+def test_merge(tmp_path):
+    a, b = Bank(torch.zeros(2, 4, 2, 2), ("a", "b")), Bank(torch.ones(1, 4, 2, 2), ("c",), weights=torch.tensor([5.0]))
+    merged = merge_banks([a, b])
+    assert merged.names == ("a", "b", "c") and merged.latents.shape == (3, 4, 2, 2)
+    torch.testing.assert_close(merged.weights, torch.ones(3))
+    with pytest.raises(ValueError, match="banks hold latents of shapes"):
+        merge_banks([a, Bank(torch.ones(1, 4, 3, 3))])
+    with pytest.raises(ValueError, match="in spaces"):
+        merge_banks([a, Bank(torch.ones(1, 4, 2, 2), metadata={"space": "vae"})])
+
+
+def test_resized():
+    bank = Bank(torch.randn(3, 16, 1, 4, 6).half(), weights=torch.ones(3))
+    assert bank.resized((8, 8)).latents.shape == (3, 16, 1, 8, 8)
+    assert bank.resized((8, 8)).latents.dtype == torch.float16 and bank.resized((8, 8)).weights is bank.weights
+    constant = Bank(torch.full((1, 4, 4, 4), 3.0)).resized((7, 5)).latents
+    torch.testing.assert_close(constant, torch.full((1, 4, 7, 5), 3.0))
+
+
+def test_fit():
+    picture = torch.zeros(10, 20, 3)
+    picture[:, 10:] = 1  # left half black, right half white
+    assert fit_picture(picture, (8, 8), "crop").shape == (8, 8, 3)
+    assert fit_picture(picture, (8, 8), "stretch")[:, -1].min() > 0.9
+    padded = fit_picture(picture, (8, 8), "pad")
+    assert not padded[0].any() and not padded[-1].any() and padded[4, -1].min() > 0.9
+    assert torch.equal(fit_picture(picture, (10, 20), "crop"), picture), "a picture of the right size is not resampled"
+    assert fit_picture(torch.rand(3, 1000, 3), (64, 64), "pad").shape == (64, 64, 3)
+    with pytest.raises(ValueError, match="fit is 'squash'; choose one of crop, pad, stretch"):
+        fit_picture(picture, (8, 8), "squash")
+
+
+def test_encode_one_at_a_time_with_progress(pictures):
+    seen, calls = [], []
+
+    def counted(image):
+        calls.append(tuple(image.shape))
+        return encode(image)
+
+    bank = encode_bank(pictures, counted, (32, 48), progress=lambda *at: seen.append(at))
+    assert bank.latents.shape == (5, 4, 4, 6) and bank.names == pictures.names
+    assert calls == [(32, 48, 3)] * 5 and seen == [(i, 5) for i in range(1, 6)]
+
+
+def test_a_second_build_encodes_nothing_and_a_change_encodes_only_that(pictures, tmp_path):
+    calls = []
+
+    def counted(image):
+        calls.append(1)
+        return encode(image)
+
+    def build(negation_set=pictures, encoder="vae", size=(32, 32), fit="crop"):
+        calls.clear()
+        bank = encode_bank(negation_set, counted, size, fit, cache=LatentCache(tmp_path, encoder))
+        return bank, len(calls)
+
+    first, n = build()
+    assert n == 5
+    again, n = build()
+    assert n == 0 and torch.equal(again.latents, first.latents)
+    more = NegationSet.from_images([*pictures, torch.rand(9, 9, 3)])
+    assert build(more)[1] == 1
+    assert build(encoder="other vae")[1] == build(size=(64, 32))[1] == build(fit="pad")[1] == 5
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"damaged")
+    assert build()[1] == 5 and build()[1] == 0
+
+
+def test_an_interrupt_keeps_what_was_encoded(pictures, tmp_path):
+    class Interrupted(Exception):
+        pass
+
+    def stop(done, total):
+        if done == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        encode_bank(pictures, encode, (32, 32), progress=stop, cache=LatentCache(tmp_path, "vae"))
+    calls = []
+    encode_bank(pictures, lambda image: calls.append(1) or encode(image), (32, 32), cache=LatentCache(tmp_path, "vae"))
+    assert len(calls) == 2
+
+
+def test_two_builds_at_once_share_the_cache(pictures, tmp_path):
+    banks = []
+    threads = [threading.Thread(target=lambda: banks.append(encode_bank(pictures, encode, (32, 32), cache=LatentCache(tmp_path, "vae"))))
+               for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(banks) == 4 and all(torch.equal(bank.latents, banks[0].latents) for bank in banks)
+    assert not list(tmp_path.glob("*.tmp"))

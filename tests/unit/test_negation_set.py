@@ -1,0 +1,130 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safe_denoiser import NegationSet
+
+
+def picture(mode="RGB", size=(20, 10)):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
+
+
+def only(folder):
+    negation_set = NegationSet.from_folder(folder)
+    assert len(negation_set) == 1
+    return next(iter(negation_set))
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="negation set folder 'nothing' does not exist; create .*nothing"):
+        NegationSet.from_folder(tmp_path / "nothing")
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match="has no readable picture; put PNG, JPEG or WebP files into"):
+        NegationSet.from_folder(tmp_path)
+
+
+def test_unreadable_files_are_skipped_counted_and_named(tmp_path):
+    picture().save(tmp_path / "good.png")
+    picture(size=(300, 300)).save(tmp_path / "whole.jpg")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("this is no picture")
+    (tmp_path / "truncated.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:4000])
+    (tmp_path / "truncated.png").write_bytes((tmp_path / "good.png").read_bytes()[:200])
+    (tmp_path / "readme.md").write_text("ignored: its name is not a picture's")
+    (tmp_path / "folder.png").mkdir()
+    negation_set = NegationSet.from_folder(tmp_path)
+    assert negation_set.names == ("good.png", "whole.jpg")
+    skipped = dict(negation_set.skipped)
+    assert set(skipped) == {"empty.png", "text.png", "truncated.jpg", "truncated.png"}
+    assert skipped["empty.png"] == "empty file" and "truncated" in skipped["truncated.jpg"]
+    for name in negation_set.names:
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="no readable picture .4 unreadable.(.|\n)*empty.png: empty file"):
+        NegationSet.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("mode, name", [("CMYK", "a.jpg"), ("P", "a.png"), ("L", "a.png"), ("1", "a.png"), ("RGBA", "a.webp"), ("RGB", "a.bmp")])
+def test_every_colour_mode_becomes_rgb(tmp_path, mode, name):
+    picture(mode).save(tmp_path / name)
+    pixels = only(tmp_path)
+    assert pixels.shape == (10, 20, 3) and pixels.dtype == torch.float32 and 0 <= pixels.min() <= pixels.max() <= 1
+    assert pixels.max() > 0.5
+
+
+def test_transparency_shows_on_white(tmp_path):
+    red = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    red.putpixel((0, 0), (255, 0, 0, 255))
+    red.save(tmp_path / "a.png")
+    pixels = only(tmp_path)
+    assert pixels[0, 0].tolist() == [1, 0, 0] and pixels[1, 1].tolist() == [1, 1, 1]
+
+
+def test_16_bit_keeps_its_levels(tmp_path):
+    levels = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    torch.testing.assert_close(only(tmp_path)[0, :, 0], torch.from_numpy(levels[0].astype(np.float32) / 65535))
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert only(tmp_path)[0, 0].tolist() == [1, 0, 0]
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to view
+    picture().save(tmp_path / "a.jpg", exif=exif)
+    assert only(tmp_path).shape == (20, 10, 3)
+
+
+def test_natural_order_and_limit(tmp_path):
+    for i in (10, 2, 1):
+        picture().save(tmp_path / f"p{i}.png")
+    assert NegationSet.from_folder(tmp_path).names == ("p1.png", "p2.png", "p10.png")
+    assert NegationSet.from_folder(tmp_path, max_images=2).names == ("p1.png", "p2.png")
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path):
+    (tmp_path / "set").mkdir()
+    picture().save(tmp_path / "secret.png")
+    picture().save(tmp_path / "set/own.png")
+    os.symlink(tmp_path / "secret.png", tmp_path / "set/link.png")
+    os.symlink(tmp_path / "nowhere.png", tmp_path / "set/broken.png")
+    negation_set = NegationSet.from_folder(tmp_path / "set")
+    assert negation_set.names == ("own.png",)
+    assert dict(negation_set.skipped)["link.png"] == "link to a file outside the folder"
+    assert "broken.png" in dict(negation_set.skipped)
+
+
+def test_fingerprint_follows_the_content(tmp_path):
+    picture().save(tmp_path / "a.png")
+    first = NegationSet.from_folder(tmp_path)
+    os.utime(tmp_path / "a.png", (1, 1))
+    assert NegationSet.from_folder(tmp_path).fingerprint == first.fingerprint
+    picture(size=(21, 10)).save(tmp_path / "a.png")
+    changed = NegationSet.from_folder(tmp_path)
+    assert changed.fingerprint != first.fingerprint
+    picture().save(tmp_path / "b.png")
+    assert NegationSet.from_folder(tmp_path).fingerprint != changed.fingerprint
+
+
+def test_from_images():
+    batch = torch.rand(3, 8, 6, 4)
+    negation_set = NegationSet.from_images(batch)
+    assert len(negation_set) == 3 and torch.equal(next(iter(negation_set)), batch[0, ..., :3])
+    assert len(set(negation_set.fingerprints)) == 3
+    assert NegationSet.from_images(batch).fingerprint == negation_set.fingerprint
+    for wrong in (torch.rand(0, 8, 6, 3), torch.rand(2, 8, 6)):
+        with pytest.raises(ValueError, match="need at least one, each .height, width, 3."):
+            NegationSet.from_images(wrong)
+
+
+def test_contact_sheet_is_blurred_unless_asked():
+    stripes = (torch.arange(64) % 2).float().view(1, 1, -1, 1).expand(20, 64, 64, 3)
+    negation_set = NegationSet.from_images(stripes)
+    blurred, shown = (np.asarray(negation_set.contact_sheet("stripes", blurred=b), float)[30:] for b in (True, False))
+    assert blurred.shape == shown.shape
+    assert np.abs(np.diff(shown, axis=1)).mean() > 20 * np.abs(np.diff(blurred, axis=1)).mean()

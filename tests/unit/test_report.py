@@ -1,0 +1,50 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safe_denoiser import Bank, NegationSet, Report, SafeDenoiser
+
+
+def run(sigmas, denoised=None, **settings):
+    x = torch.ones(2, 4, 4, 4)
+    denoiser = SafeDenoiser(Bank(torch.ones(3, 4, 4, 4)), **settings)
+    return Report([denoiser.safe(x, x * 2 if denoised is None else denoised, sigma)[1] for sigma in sigmas])
+
+
+def test_counts_follow_the_window():
+    report = run([1.0, 0.8, 0.5, 0.2], sigma_start=0.9, sigma_end=0.2)
+    assert report.summary["model_calls"] == 4 and report.summary["corrected_calls"] == 2
+    assert report.verdict.startswith("corrected 2 of 4 model calls, posterior up to 1.00")
+    assert len(report.table().splitlines()) == 2 + 4
+
+
+@pytest.mark.parametrize("settings, denoised, verdict", [
+    (dict(sigma_start=0.1), None, "nothing was corrected: none of the 2 model calls lay in the window"),
+    (dict(method="official", threshold=1e9), None, "the bank never came near: posterior below 0.01"),
+    ({}, torch.full((2, 4, 4, 4), math.nan), "the model gave NaN or infinity 4 times"),
+])
+def test_a_run_that_did_nothing_says_why(settings, denoised, verdict):
+    assert run([1.0, 0.5], denoised, **settings).verdict.startswith(verdict)
+
+
+def test_no_steps():
+    report = Report([])
+    assert "no model call was recorded" in report.verdict
+    assert json.loads(report.to_json())["summary"]["model_calls"] == 0
+    assert np.asarray(report.plot()).shape == (400, 720, 3)
+
+
+def test_json_holds_every_value():
+    read = json.loads(run([1.0, 0.5]).to_json())
+    assert np.asarray(read["steps"]["posterior"]).shape == (2, 2) and read["summary"]["corrected_calls"] == 2
+
+
+def test_plot_draws_the_values_and_the_pictures_that_pushed():
+    report = run([1.0, 0.5, 0.2])
+    assert report.pushed_most() == [0]
+    plain, empty = np.asarray(report.plot()), np.asarray(Report([]).plot())
+    assert (plain != empty).any()
+    with_pictures = np.asarray(report.plot(negation_set=NegationSet.from_images(torch.rand(3, 8, 8, 3))))
+    assert with_pictures.shape == (400, 870, 3) and (with_pictures[20:130, 740:850] != 255).any()

@@ -1,0 +1,170 @@
+"""Train the tiny digit world: `python -m tiny_digits.train` (about 20 minutes on two cores).
+
+Writes the weights that `world.py` loads, the negation set (150 sevens), the retain set (150 ones and fours) and the
+reference bank (100 of the model's own samples under the empty prompt).
+"""
+import argparse
+import copy
+import time
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+
+from .networks import LATENT_SCALE, LATENT_SHIFT, TAESD, Classifier, MMDiT, ResBlock
+from .world import FILES, LATENT, PROMPTS, ROOT, SUPERCLASSES, TinyDigits, digits_data, prompt
+
+
+def fit(model, loss, steps, rate, average=None):
+    """AdamW with a one-cycle schedule on `loss()`; with `average`, the exponential moving average of the weights."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1)
+    mean, began = copy.deepcopy(model), time.time()
+    for step in range(steps):
+        value = loss()
+        optimiser.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if average:
+            for slow, fast in zip(mean.parameters(), model.parameters()):
+                slow.data.lerp_(fast.data, 1 - min(average, (step + 1) / (step + 10)))
+        if step % 100 == 0 or step == steps - 1:
+            print(f"{type(model).__name__} step {step} loss {value.item():.4f} {time.time() - began:.0f} s", flush=True)
+    return (mean if average else model).eval().requires_grad_(False)
+
+
+def train_classifier(pixels, labels, steps):
+    """Cross-entropy on digits under small random affine maps."""
+    model = Classifier()
+
+    def loss():
+        rows = torch.randint(len(pixels), (128,))
+        angle, scale = 0.25 * torch.randn(128), 1 + 0.1 * torch.randn(128)
+        theta = torch.stack([torch.stack([angle.cos() * scale, -angle.sin(), 0.1 * torch.randn(128)], -1),
+                             torch.stack([angle.sin(), angle.cos() * scale, 0.1 * torch.randn(128)], -1)], 1)
+        images = pixels[rows]
+        warped = F.grid_sample(images, F.affine_grid(theta, list(images.shape), align_corners=False), align_corners=False)
+        return F.cross_entropy(model(warped), labels[rows], label_smoothing=0.05)
+
+    return fit(model, loss, steps, 3e-3)
+
+
+def train_vae(pixels, steps):
+    """MSE + 1e-3 z^2 with latent noise 0.1: random 16 x 16 crops first, whole images at the end."""
+    model = TAESD()
+    for layer in model.modules():  # with torch's default init, the signal fades over 23 layers and training stalls
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        if isinstance(layer, ResBlock):
+            layer.conv[-1].weight.data.mul_(0.2)
+
+    def loss(images):
+        z = model.taesd_encoder(images)
+        return F.mse_loss(model.taesd_decoder(z + 0.1 * torch.randn_like(z)), images) + 1e-3 * z.square().mean()
+
+    def crops():
+        top, left = torch.randint(17, (2,)).tolist()
+        return loss(pixels[torch.randint(len(pixels), (24,)), :, top:top + 16, left:left + 16])
+
+    fit(model, crops, steps, 1e-3)
+    model.requires_grad_(True).train()
+    fit(model, lambda: loss(pixels[torch.randint(len(pixels), (8,))]), steps // 4, 3e-4)
+    with torch.no_grad():  # fold mean and spread into the file, so that SD3's process_in gives unit variance
+        z = torch.cat([model.taesd_encoder(part) for part in pixels[:1000].split(250)])
+        model.vae_scale.fill_(LATENT_SCALE * z.std())
+        model.vae_shift.fill_(LATENT_SHIFT - z.mean() / (LATENT_SCALE * z.std()))
+    return model
+
+
+def random_prompts(labels):
+    """45 % superclass, 15 % empty, the rest the digit itself; one-hot (B, 16)."""
+    superclass = torch.zeros(10, dtype=torch.long)
+    for name, members in SUPERCLASSES.items():
+        superclass[list(members)] = PROMPTS[name]
+    u = torch.rand(len(labels))
+    index = torch.where(u < 0.45, superclass[labels], labels)
+    return F.one_hot(index, 16).float() * (u < 0.85)[:, None]
+
+
+def train_model(latents, labels, steps):
+    """Flow matching: v = noise - x0 at a logit-normal sigma."""
+    model = MMDiT()
+
+    def loss():
+        rows = torch.randint(len(latents), (96,))
+        x0, noise = latents[rows], torch.randn(96, *latents.shape[1:])
+        sigma = torch.sigmoid(1.2 * torch.randn(96) + 0.3)
+        s = sigma.view(-1, 1, 1, 1)
+        return F.mse_loss(model((1 - s) * x0 + s * noise, sigma, random_prompts(labels[rows])), noise - x0)
+
+    return fit(model, loss, steps, 1.5e-3, average=0.995)
+
+
+def save(model):
+    path = FILES[type(model)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.half().contiguous() if value.is_floating_point() else value
+               for key, value in model.state_dict().items()}, path)
+    print(f"wrote {path.relative_to(ROOT)}, {path.stat().st_size / 2**20:.1f} MiB")
+
+
+def save_pictures(name, pixels):
+    folder = ROOT / "models/negation_sets" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate((pixels[:, 0] * 255).round().byte().numpy()):
+        Image.fromarray(picture).save(folder / f"{name}_{i:03d}.png", optimize=True)
+
+
+def report(world, held_out, labels):
+    """The figures that tiny_digits/README.md quotes."""
+    print(f"judge on held-out digits: {(world.digits(held_out) == labels).float().mean():.1%}")
+    restored = world.decode(world.encode(held_out))
+    print(f"autoencoder on held-out digits: mse {F.mse_loss(restored, held_out):.4f}, "
+          f"judge after it {(world.digits(restored) == labels).float().mean():.1%}")
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(200, *LATENT, generator=generator)
+    right = [(world.digits(world.decode(world.sample(noise, prompt(str(d))))) == d).float().mean() for d in range(10)]
+    print(f"class-conditional samples recognised at cfg 2: {torch.stack(right).mean():.1%}",
+          [f"{value:.1%}" for value in right])
+    for name, members in SUPERCLASSES.items():
+        found = world.digits(world.decode(world.sample(torch.cat([noise, -noise]), prompt(name))))
+        print(name, {member: f"{(found == member).float().mean():.1%}" for member in members})
+    found = world.digits(world.decode(world.sample(noise, prompt(None), cfg=1)))
+    print("unconditional:", found.bincount(minlength=10).tolist())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classifier-steps", type=int, default=800)
+    parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--model-steps", type=int, default=6000)
+    parser.add_argument("--only", choices=["classifier", "vae", "model", "sets", "report"], action="append",
+                        help="retrain only this part, from the files of the others; may be repeated")
+    options = parser.parse_args()
+    parts = options.only or ["classifier", "vae", "model", "sets", "report"]
+    torch.manual_seed(0)
+    pixels, labels, held_out, held_out_labels = digits_data()
+    if "classifier" in parts:
+        save(train_classifier(pixels, labels, options.classifier_steps))
+    if "vae" in parts:
+        save(train_vae(pixels, options.vae_steps))
+    if "model" in parts:
+        from .world import load
+
+        vae = load(TAESD)
+        with torch.inference_mode():
+            latents = torch.cat([vae.encode(part) for part in pixels.split(256)]).clone()
+        print(f"latents: mean {latents.mean():.3f}, std {latents.std():.3f}")
+        save(train_model(latents, labels, options.model_steps))
+    if "sets" in parts:
+        save_pictures("tiny_sevens", pixels[labels == 7][:150])
+        save_pictures("tiny_ones_and_fours", torch.cat([pixels[labels == 1][:75], pixels[labels == 4][:75]]))
+    if "report" in parts:
+        report(TinyDigits(), held_out, held_out_labels)
+
+
+if __name__ == "__main__":
+    main()

