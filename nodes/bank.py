@@ -92,7 +92,7 @@ class LoadNegationBank(io.ComfyNode):
             description="Reads a bank from output/negation_banks or models/negation_banks. It fits the VAE and size it was built with. " + DECODABLE,
             inputs=[io.Combo.Input("bank", options=folders.list_banks(),
                                    tooltip="A safetensors file that Save Negation Bank wrote. Press R after adding one.")],
-            outputs=[NegationBankType.Output(display_name="negation_bank", tooltip="The bank.")],
+            outputs=[NegationBankType.Output(display_name="negation_bank", tooltip="The latents of the file, with names and metadata.")],
         )
 
     @classmethod

@@ -16,11 +16,16 @@ def sample_bank(model, conditioning, shape, count, seed, steps, sampler_name, sc
     """`count` samples of the model at cfg 1, as a bank of raw VAE latents; progress and interrupt after each model step."""
     latents, bar = [], comfy.utils.ProgressBar(steps * -(-count // batch_size))
     generator = torch.Generator().manual_seed(seed)
+
+    def after_step(*_):
+        bar.update(1)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
     for start in range(0, count, batch_size):
         empty = torch.zeros(min(batch_size, count - start), *shape)
         noise = torch.randn(empty.shape, generator=generator)
         latents.append(comfy.sample.sample(model, noise, steps, 1.0, sampler_name, scheduler, conditioning, conditioning, empty,
-                                           callback=lambda *_: bar.update(1), disable_pbar=True, seed=seed + start).cpu())
+                                           callback=after_step, disable_pbar=True, seed=seed + start).cpu())
     return Bank(torch.cat(latents), metadata={"space": "vae", "source": "reference samples", "steps": str(steps)})
 
 

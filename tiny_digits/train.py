@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
+from safe_denoiser import Bank, save_bank
+
 from .networks import LATENT_SCALE, LATENT_SHIFT, TAESD, Classifier, MMDiT, ResBlock
-from .world import FILES, LATENT, PROMPTS, ROOT, SUPERCLASSES, TinyDigits, digits_data, prompt
+from .world import FILES, LATENT, PROMPTS, REFERENCE, ROOT, SUPERCLASSES, TinyDigits, digits_data, prompt
 
 
 def fit(model, loss, steps, rate, average=None):
@@ -161,6 +163,9 @@ def main():
         save(train_model(latents, labels, options.model_steps))
     if "sets" in parts:
         save_pictures("tiny_sevens", pixels[labels == 7][:150])
+        world, noise = TinyDigits(), torch.randn(100, *LATENT, generator=torch.Generator().manual_seed(100))
+        raw = world.sample(noise, prompt(None), cfg=1) / LATENT_SCALE + LATENT_SHIFT
+        save_bank(Bank(raw.half(), metadata={"space": "vae", "source": "reference samples"}), REFERENCE)
         save_pictures("tiny_ones_and_fours", torch.cat([pixels[labels == 1][:75], pixels[labels == 4][:75]]))
     if "report" in parts:
         report(TinyDigits(), held_out, held_out_labels)
