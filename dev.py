@@ -6,7 +6,6 @@ a pinned version. Without any of these they go on without ComfyUI.
 """
 import argparse
 import ast
-import hashlib
 import json
 import os
 import re
@@ -83,19 +82,19 @@ def requirements(comfyui):
 
 
 def install(wanted):
-    """Make .venv hold `wanted`; a stamp in it remembers what was asked for last, so that a second run does nothing."""
-    stamp = VENV / "installed"
-    asked_for = hashlib.sha256("\n".join([sys.version, *wanted]).encode()).hexdigest()
-    if PYTHON.exists() and stamp.is_file() and stamp.read_text() == asked_for:
+    """Make .venv hold `wanted`; a stamp in it lists what was asked for last, so that a second run does nothing."""
+    stamp = VENV / "installed.txt"
+    if PYTHON.exists() and stamp.is_file() and set(wanted) <= set(stamp.read_text().splitlines()):
         return
     say("installing into .venv (the first time this takes minutes: torch is large)")
     stamp.unlink(missing_ok=True)
     try:
-        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
-        subprocess.run([PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted], check=True)
+        if not PYTHON.exists() or subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode:
+            subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True)  # none yet, or half of one
+        subprocess.run([PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *wanted], check=True)
     except subprocess.CalledProcessError as error:
         sys.exit(f"could not set up .venv (exit code {error.returncode}, its message is above)")
-    stamp.write_text(asked_for)
+    stamp.write_text("\n".join(wanted))
 
 
 def say(line):

@@ -1,0 +1,286 @@
+"""The example workflows, held against a real server's /object_info; those of the tiny model really run there."""
+import copy
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dev import ROOT, Server
+from tiny_digits.world import TinyDigits
+
+FOLDER = ROOT / "example_workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+PAGE_ONLY = {"MarkdownNote", "Note", "PrimitiveNode", "Reroute"}  # the page draws these, the server never sees them
+NOT_HERE = {  # the user's own files: choices that no list on this machine can hold
+    "v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors", "sd3.5_large_fp8_scaled.safetensors",
+    "flux1-dev-fp8.safetensors", "my_negation_set",
+}
+CONTROL = ("control_after_generate", "COMBO", {"options": ["fixed", "increment", "decrement", "randomize"]})
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(os.environ["SAFE_DENOISER_COMFYUI"], tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def object_info(server):
+    return server.get("/object_info")
+
+
+def load(name):
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+# --- what the page makes of a node's /object_info ------------------------------------------------------------------
+
+def sockets(info):
+    """Name -> (type, options, required) of all inputs, in the page's order."""
+    return {name: (spec[0], spec[1] if len(spec) > 1 else {}, group == "required")
+            for group in ("required", "optional") for name, spec in info["input"].get(group, {}).items()}
+
+
+def widgets(info):
+    """(name, type, options) of each widget; the page itself puts one more behind a seed."""
+    found = []
+    for name, (kind, options, _) in sockets(info).items():
+        if isinstance(kind, list):  # how nodes of the older schema list their choices
+            kind, options = "COMBO", {**options, "options": kind}
+        if kind in {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"} and not options.get("forceInput"):
+            found.append((name, kind, options))
+            if options.get("control_after_generate", name in {"seed", "noise_seed"}):
+                found.append(CONTROL)
+    return found
+
+
+def is_valid(kind, options, value):
+    if kind == "COMBO":
+        return value in options["options"] or value in NOT_HERE
+    if kind in {"STRING", "BOOLEAN"}:
+        return isinstance(value, str if kind == "STRING" else bool)
+    number = isinstance(value, int if kind == "INT" else (int, float)) and not isinstance(value, bool)
+    return number and options.get("min", value) <= value <= options.get("max", value)
+
+
+# --- what can be wrong with a workflow -----------------------------------------------------------------------------
+
+def node_problems(node, info):
+    expected, slots = sockets(info), {slot["name"]: slot for slot in node["inputs"]}
+    inner = {name for name, _, _ in widgets(info)} & set(expected)
+    if not set(expected) - inner <= set(slots) <= set(expected):  # the page leaves out widgets that are not linked
+        yield f"its inputs are {sorted(slots)}, not {sorted(set(expected) - inner)}"
+    if {name for name, slot in slots.items() if "widget" in slot} != inner & set(slots):
+        yield "other inputs are widgets"
+    if [slot["name"] for slot in node["outputs"]] != info["output_name"]:
+        yield f"its outputs are not {info['output_name']}"
+    for name, (_, _, required) in expected.items():
+        if required and name in slots and "widget" not in slots[name] and slots[name]["link"] is None:
+            yield f"{name} is required and not linked"
+    if len(node["widgets_values"]) != len(widgets(info)):
+        yield f"{len(node['widgets_values'])} widget values for {len(widgets(info))} widgets"
+        return
+    for (name, kind, options), value in zip(widgets(info), node["widgets_values"]):
+        if not is_valid(kind, options, value):
+            yield f"{name} cannot be {value!r}"
+
+
+def link_problems(link, nodes, object_info):
+    number, source, source_slot, target, target_slot, kind = link
+    if source not in nodes or target not in nodes:
+        yield "leads to no node"
+        return
+    outputs, inputs = nodes[source]["outputs"], nodes[target]["inputs"]
+    if source_slot >= len(outputs) or target_slot >= len(inputs):
+        yield "leads to no slot"
+        return
+    if number not in (outputs[source_slot]["links"] or []) or inputs[target_slot]["link"] != number:
+        yield "is unknown to its slots"
+    given = object_info[nodes[source]["type"]]["output"][source_slot]
+    wanted = sockets(object_info[nodes[target]["type"]]).get(inputs[target_slot]["name"], ("nothing",))[0]
+    if kind not in {given, wanted} or wanted not in {given, "*"}:
+        yield f"is {kind}, from {given} to {wanted}"
+
+
+def problems(workflow, object_info):
+    """Everything that would keep this workflow from running, one line each."""
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    numbers = [link[0] for link in workflow["links"]]
+    found = [f"{node['type']}: no such node" for node in nodes.values()
+             if node["type"] not in PAGE_ONLY and node["type"] not in object_info]
+    if found:
+        return found
+    if len(nodes) < len(workflow["nodes"]) or len(set(numbers)) < len(numbers):
+        found.append("an id is used twice")
+    if max(nodes) > workflow["last_node_id"] or max(numbers) > workflow["last_link_id"]:
+        found.append("the page would give out an id that is in use")
+    used = {number for node in nodes.values() for slot in node["outputs"] for number in slot["links"] or []}
+    used |= {slot["link"] for node in nodes.values() for slot in node["inputs"] if slot["link"] is not None}
+    if used != set(numbers):
+        found.append(f"slots and links disagree about {sorted(used ^ set(numbers))}")
+    for node in nodes.values():
+        if node["type"] not in PAGE_ONLY:
+            found += [f"{node['type']}: {problem}" for problem in node_problems(node, object_info[node["type"]])]
+    for link in workflow["links"]:
+        found += [f"link {link[0]} {problem}" for problem in link_problems(link, nodes, object_info)]
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fits_the_real_nodes(name, object_info):
+    assert problems(load(name), object_info) == []
+
+
+def node_of(workflow, kind):
+    return next(node for node in workflow["nodes"] if node["type"] == kind)
+
+
+def slot_of(node, name):
+    return next(slot for slot in node["inputs"] if slot["name"] == name)
+
+
+def unlink(workflow):
+    slot_of(node_of(workflow, "SafeDenoiserKSampler"), "negation_bank")["link"] = None
+
+
+def cross(workflow):
+    """Lead the vae of the decoder from the model loader."""
+    link = next(link for link in workflow["links"] if link[0] == slot_of(node_of(workflow, "VAEDecode"), "vae")["link"])
+    link[1] = node_of(workflow, "UNETLoader")["id"]
+
+
+BREAKAGES = {
+    "no such node": lambda w: node_of(w, "SafeDenoiserReport").update(type="SafeDenoiserGone"),
+    "11 widget values for 12": lambda w: node_of(w, "SafeDenoiserKSampler")["widgets_values"].pop(1),
+    "strength cannot be -1": lambda w: node_of(w, "SafeDenoiserKSampler")["widgets_values"].__setitem__(8, -1),
+    "seed cannot be '1'": lambda w: node_of(w, "KSampler")["widgets_values"].__setitem__(0, "1"),
+    "method cannot be 'gone'": lambda w: node_of(w, "SafeDenoiserKSampler")["widgets_values"].__setitem__(7, "gone"),
+    "its inputs are": lambda w: slot_of(node_of(w, "SafeDenoiserKSampler"), "retain_bank").update(name="keep"),
+    "its outputs are not": lambda w: node_of(w, "SafeDenoiserReport")["outputs"].pop(),
+    "other inputs are widgets": lambda w: slot_of(node_of(w, "VAEDecode"), "vae").update(widget={"name": "vae"}),
+    "negation_bank is required and not linked": unlink,
+    "slots and links disagree": lambda w: w["links"].pop(),
+    "is unknown to its slots": cross,
+    "from MODEL to VAE": cross,
+    "leads to no node": lambda w: w["links"][0].__setitem__(3, 999),
+    "leads to no slot": lambda w: w["links"][0].__setitem__(2, 9),
+    "is LATENT, from": lambda w: next(link for link in w["links"] if link[5] == "VAE").__setitem__(5, "LATENT"),
+    "an id is used twice": lambda w: w["nodes"].append(copy.deepcopy(w["nodes"][0])),
+    "id that is in use": lambda w: w.update(last_node_id=1),
+}
+
+
+@pytest.mark.parametrize("what", BREAKAGES)
+def test_what_is_broken_is_noticed(what, object_info):
+    workflow = load("tiny_digits")
+    BREAKAGES[what](workflow)
+    assert [problem for problem in problems(workflow, object_info) if what in problem]
+
+
+# --- what a person sees --------------------------------------------------------------------------------------------
+
+def test_the_page_lists_them_with_thumbnails(server):
+    assert set(NAMES) >= {"tiny_digits", "sd15", "sdxl", "sd35", "flux", "apply_sampler_custom_advanced"}
+    assert sorted(server.get("/workflow_templates")["comfyui-safe-denoiser"]) == NAMES
+    for name in NAMES:
+        data = server.request(f"/api/workflow_templates/comfyui-safe-denoiser/{name}.jpg")
+        picture = Image.open(io.BytesIO(data))
+        assert picture.format == "JPEG" and 0.8 < picture.width / picture.height < 1.25 and len(data) <= 60 * 1024, name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_note_says_which_files_go_where(name):
+    workflow = load(name)
+    text = node_of(workflow, "MarkdownNote")["widgets_values"][0]
+    chosen = {value for node in workflow["nodes"] for value in node.get("widgets_values", []) if value in NOT_HERE}
+    assert [value for value in chosen if value not in text] == []
+    assert not chosen or "input/negation_sets/my_negation_set/" in text
+    assert "0 is off" in text and "can be decoded back into pictures" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_two_nodes_overlap(name):
+    title = 30  # height of the bar above a node's position
+    boxes = [(x, y - title, x + width, y + height)
+             for node in load(name)["nodes"] for (x, y), (width, height) in [(node["pos"], node["size"])]]
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
+
+
+# --- what comes out ------------------------------------------------------------------------------------------------
+
+def to_prompt(workflow, object_info, **changes):
+    """The graph in API format, as the page posts it; `changes` are values of widgets, wherever they occur."""
+    origin = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in PAGE_ONLY:
+            continue
+        names = [name for name, _, _ in widgets(object_info[node["type"]])]
+        inputs = {name: changes.get(name, value) for name, value in zip(names, node["widgets_values"])}
+        inputs.pop(CONTROL[0], None)
+        inputs |= {slot["name"]: origin[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if any(file in str(load(name)) for file in NOT_HERE)])
+def test_the_server_misses_nothing_but_the_users_own_files(name, server, object_info):
+    with pytest.raises(RuntimeError, match="with 400") as refusal:
+        server.post("/prompt", {"prompt": to_prompt(load(name), object_info)})
+    answer = json.loads(str(refusal.value).partition("with 400: ")[2])
+    missing = {(node["class_type"], error["extra_info"]["input_name"])
+               for node in answer["node_errors"].values() for error in node["errors"]}
+    assert missing == {("CheckpointLoaderSimple", "ckpt_name"), ("SafeDenoiserLoadNegationSet", "folder")}
+
+
+@pytest.fixture(scope="module")
+def draw(server, object_info):
+    """Run a workflow: its pictures by the type of the node that holds them (16, 128, 128, 3), and its report's text."""
+    def pixels(images):
+        return np.stack([np.array(Image.open(io.BytesIO(server.view(image))).convert("RGB")) for image in images])
+
+    def run(name, **changes):
+        prompt = to_prompt(load(name), object_info, **changes)
+        outputs = {prompt[key]["class_type"]: value for key, value in server.run(prompt)["outputs"].items()}
+        pictures = {kind: pixels(outputs[kind]["images"]) for kind in ("SaveImage", "PreviewImage") if kind in outputs}
+        assert outputs["PreviewAny"]["text"] == outputs["SafeDenoiserReport"]["text"]
+        return pictures, outputs["SafeDenoiserReport"]["text"][0]
+    return run
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """What an independent classifier reads in pictures that a workflow enlarged four times."""
+    world = TinyDigits()
+    return lambda pictures: world.digits(torch.from_numpy(pictures[:, ::4, ::4]).movedim(-1, 1) / 255)
+
+
+def test_tiny_digits_runs(draw, digits):
+    pictures, report = draw("tiny_digits")
+    off, on = digits(pictures["PreviewImage"]), digits(pictures["SaveImage"])
+    assert len(off) == len(on) == 16
+    assert (off == 7).any() and not (on == 7).any(), "sevens are negated"
+    assert (on == off)[off != 7].all(), "the others stay as they were"
+    assert report.startswith("corrected 20 of 20 model calls")
+
+
+def test_strength_0_is_the_stock_sampler(draw):
+    pictures, report = draw("tiny_digits", strength=0)
+    assert np.array_equal(pictures["SaveImage"], pictures["PreviewImage"])
+    assert "strength is 0" in report
+
+
+def test_apply_with_a_custom_sampler_runs_and_equals_the_safe_ksampler(draw, digits):
+    pictures, report = draw("apply_sampler_custom_advanced")
+    assert report.startswith("corrected 20 of 20 model calls"), "read after sampling"
+    assert not (digits(pictures["SaveImage"]) == 7).any()
+    for strength in (0, 1):
+        custom, _ = draw("apply_sampler_custom_advanced", noise_seed=1, strength=strength)
+        safe, _ = draw("tiny_digits", seed=1, strength=strength)
+        assert np.array_equal(custom["SaveImage"], safe["SaveImage"]), strength
