@@ -42,8 +42,8 @@ class BuildNegationBank(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the model that will be sampled."),
                 io.Latent.Input("latent", tooltip="The latent that will be sampled, for its height and width only."),
                 io.Combo.Input("fit", options=list(FITS), default="crop",
-                               tooltip="How pictures of another shape are fitted. crop: fill and cut the overhang. pad: whole picture on black. "
-                                       "stretch: distort."),
+                               tooltip="How pictures of another shape are fitted. crop: fill and cut the overhang. pad: whole picture on "
+                                       "black. stretch: distort."),
             ],
             outputs=[NegationBankType.Output(display_name="negation_bank", tooltip="The latents of the set.")],
         )
@@ -70,7 +70,8 @@ class SaveNegationBank(io.ComfyNode):
             description="Writes a bank as safetensors into output/negation_banks. " + DECODABLE,
             inputs=[
                 NegationBankType.Input("negation_bank", tooltip="The bank to write."),
-                io.String.Input("filename_prefix", default="bank", tooltip="Start of the file name; a number is appended, nothing is overwritten."),
+                io.String.Input("filename_prefix", default="bank",
+                                tooltip="Start of the file name; a number is appended, nothing is overwritten."),
             ],
             outputs=[NegationBankType.Output(display_name="bank", tooltip="The same bank, unchanged.")],
         )
@@ -89,7 +90,8 @@ class LoadNegationBank(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserLoadNegationBank", display_name="Load Negation Bank", category=CATEGORY,
-            description="Reads a bank from output/negation_banks or models/negation_banks. It fits the VAE and size it was built with. " + DECODABLE,
+            description="Reads a bank from output/negation_banks or models/negation_banks. It fits the VAE and size it was built "
+                        "with. " + DECODABLE,
             inputs=[io.Combo.Input("bank", options=folders.list_banks(),
                                    tooltip="A safetensors file that Save Negation Bank wrote. Press R after adding one.")],
             outputs=[NegationBankType.Output(display_name="negation_bank", tooltip="The latents of the file, with names and metadata.")],

@@ -38,7 +38,8 @@ class LoadNegationSet(io.ComfyNode):
                         "input/negation_sets/<name> or models/negation_sets/<name>.",
             inputs=[
                 io.Combo.Input("folder", options=folders.list_sets(),
-                               tooltip="Folder with the pictures, under input/negation_sets or models/negation_sets. Press R after adding one."),
+                               tooltip="Folder with the pictures, under input/negation_sets or models/negation_sets. Press R after "
+                                       "adding one."),
                 io.Int.Input("max_images", default=0, min=0, max=100_000,
                              tooltip="Use at most this many pictures, in the order of their names. 0: all of them."),
                 preview_input(),
@@ -69,7 +70,8 @@ class NegationSetFromImages(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserNegationSetFromImages", display_name="Negation Set from Images", category=CATEGORY,
-            description="A negation set from pictures in the graph, such as ones the model itself made from an unsafe prompt, as the paper did.",
+            description="A negation set from pictures in the graph, such as ones the model itself made from an unsafe prompt, as the "
+                        "paper did.",
             inputs=[io.Image.Input("images", tooltip="Batch of pictures; each one becomes an item of the set."), preview_input()],
             outputs=[NegationSetType.Output(display_name="negation_set", tooltip="The pictures.")],
         )

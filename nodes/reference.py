@@ -34,19 +34,24 @@ class SampleReferenceBank(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserSampleReferenceBank", display_name="Sample Reference Bank", category=CATEGORY,
-            description="What the model makes by itself: samples under the empty prompt. Against this the safe denoiser judges how unsafe a "
-                        "latent is. Sampled once per model, size and settings, then read from disk.",
+            description="What the model makes by itself: samples under the empty prompt. Against this the safe denoiser judges how unsafe "
+                        "a latent is. Sampled once per model, size and settings, then read from disk.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled, with its LoRAs, without the safe denoiser."),
                 io.Latent.Input("latent", tooltip="The latent that will be sampled, for its size only."),
-                io.Conditioning.Input("conditioning", tooltip="The empty prompt (or a broad one such as 'photo', to narrow what is compared)."),
+                io.Conditioning.Input("conditioning",
+                                      tooltip="The empty prompt (or a broad one such as 'photo', to narrow what is compared)."),
                 io.Int.Input("count", default=100, min=1, max=10_000,
                              tooltip="Number of samples. 50 to 300 work; more costs time once, and a little at each step."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False, tooltip="Seed of the samples."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
+                             tooltip="Seed of the samples."),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps per sample."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="Sampler of the samples."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", tooltip="Schedule of the samples."),
-                io.Int.Input("batch_size", default=4, min=1, max=256, tooltip="Samples made at once; more is faster and takes more memory."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler",
+                               tooltip="Sampler of the samples."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal",
+                               tooltip="Schedule of the samples."),
+                io.Int.Input("batch_size", default=4, min=1, max=256,
+                             tooltip="Samples made at once; more is faster and takes more memory."),
             ],
             outputs=[NegationBankType.Output(display_name="reference_bank", tooltip="The model's own samples, for reference_bank inputs.")],
         )

@@ -20,7 +20,8 @@ class SafeDenoiserReport(io.ComfyNode):
                 NegationSetType.Input("negation_set", optional=True,
                                       tooltip="The set of the bank: the three pictures that pushed most are shown, blurred. Optional."),
             ],
-            outputs=[io.Image.Output(display_name="plot", tooltip="Posterior and correction over the model calls, one line per picture."), io.String.Output(display_name="table", tooltip="One line per step.")],
+            outputs=[io.Image.Output(display_name="plot", tooltip="Posterior and correction over the model calls, one line per picture."),
+                     io.String.Output(display_name="table", tooltip="One line per step.")],
         )
 
     @classmethod

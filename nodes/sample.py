@@ -48,7 +48,8 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
 
     def begin(guider, noise):
         if noise.ndim < 4:
-            raise ValueError(f"the sampler runs at {tuple(noise.shape[1:])}, which is audio; the safe denoiser needs image or video latents")
+            raise ValueError(f"the sampler runs at {tuple(noise.shape[1:])}, which is audio; the safe denoiser needs image or video "
+                             f"latents")
         sampling, notes = guider.inner_model.model_sampling, []
         moved = {name: to_model(bank, guider.inner_model, noise, bank_size, notes) for name, bank in banks.items()}
         window = {"sigma_start": float(sampling.percent_to_sigma(start)), "sigma_end": float(sampling.percent_to_sigma(end))}
@@ -91,8 +92,9 @@ def bank_inputs() -> list[io.Input]:
 def guidance_inputs() -> list[io.Input]:
     return [
         io.Combo.Input("method", options=list(METHODS), default="safe_denoiser",
-                       tooltip="safe_denoiser: steers by the banks that are connected (recommended). spell: pushes out of a shield around each "
-                               "picture. official: the rule of the paper's published code; set strength 0.33 and window 0 to 0.22 as published."),
+                       tooltip="safe_denoiser: steers by the banks that are connected (recommended). spell: pushes out of a shield around "
+                               "each picture. official: the rule of the paper's published code; set strength 0.33 and window 0 to 0.22 as "
+                               "published."),
         io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01,
                        tooltip="How far each prediction is moved: 1 as derived, 0 off (bit for bit the stock sampler), up to 2 for more."),
         io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01,
@@ -113,15 +115,17 @@ class ApplySafeDenoiser(io.ComfyNode):
         method, strength, *rest = guidance_inputs()
         return io.Schema(
             node_id="SafeDenoiserApply", display_name="Apply Safe Denoiser", category=CATEGORY,
-            description="Patches a model so that any sampler and guider steers away from the negation bank at each step (arXiv:2502.08011).",
+            description="Patches a model so that any sampler and guider steers away from the negation bank at each step "
+                        "(arXiv:2502.08011).",
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch; it is cloned, the original stays as it is."), *bank_inputs(),
                 method, strength, *rest,
                 io.Combo.Input("weight", options=list(WEIGHTS), default="auto",
-                               tooltip="How P(unsafe | x) is found. auto: evidence with a reference bank, retain with a retain bank, else gate. "
-                                       "Only for method safe_denoiser."),
+                               tooltip="How P(unsafe | x) is found. auto: evidence with a reference bank, retain with a retain bank, else "
+                                       "gate. Only for method safe_denoiser."),
                 io.Float.Input("prior", default=0.3, min=0.001, max=0.999, step=0.001,
-                               tooltip="Share of unsafe pictures among what the model makes by itself, as a probability. Higher steers harder."),
+                               tooltip="Share of unsafe pictures among what the model makes by itself, as a probability. Higher steers "
+                                       "harder."),
                 io.Float.Input("evidence", default=2.0, min=0.0, max=20.0, step=0.1,
                                tooltip="How much the prediction itself counts in P(unsafe | x). 0: not at all (the theorem as printed)."),
                 io.Float.Input("bandwidth", default=0.0, min=0.0, max=100.0, step=0.01,
@@ -151,15 +155,16 @@ class SafeKSampler(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserKSampler", display_name="Safe KSampler", category=CATEGORY,
-            description="KSampler that steers away from a negation bank at each step, with no training (arXiv:2502.08011). The same as Apply "
-                        "Safe Denoiser followed by KSampler.",
+            description="KSampler that steers away from a negation bank at each step, with no training (arXiv:2502.08011). The same as "
+                        "Apply Safe Denoiser followed by KSampler.",
             inputs=[
                 io.Model.Input("model", tooltip="The model used for denoising the input latent."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="Seed of the noise."),
                 io.Int.Input("steps", default=20, min=1, max=10_000, tooltip="Number of sampling steps."),
                 io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="Classifier-free guidance scale. 1: no guidance."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The sampling algorithm."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler",
+                               tooltip="The sampling algorithm."),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="The noise schedule."),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
                 io.Conditioning.Input("negative", tooltip="What the picture should not show, in words."),

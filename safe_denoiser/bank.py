@@ -2,7 +2,7 @@
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -184,14 +184,12 @@ def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torc
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write through a temporary file in the same folder: a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # not mkstemp, whose files other accounts cannot read
     try:
         save_file(tensors, temporary, metadata)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_bank(bank: Bank, path: str | Path) -> None:

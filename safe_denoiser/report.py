@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from .denoiser import Step
 from .negation_set import NegationSet, thumbnail

@@ -75,7 +75,8 @@ def test_names_that_lead_out_are_refused(pack, run, sets, name):
 
 def test_absolute_names_are_refused(pack, run, sets):
     paint(sets.parent / "secret", "a.png")
-    for node, argument, name in (("LoadNegationSet", "folder", sets.parent / "secret"), ("LoadNegationBank", "bank", sets / "x.safetensors")):
+    for node, argument, name in (("LoadNegationSet", "folder", sets.parent / "secret"),
+                                 ("LoadNegationBank", "bank", sets / "x.safetensors")):
         assert "leads out of" in pack[f"SafeDenoiser{node}"].validate_inputs(**{argument: str(name)})
         with pytest.raises(ValueError, match="leads out of"):
             run(node, **{argument: str(name)})

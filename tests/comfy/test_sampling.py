@@ -8,6 +8,7 @@ STOCHASTIC = {"dpmpp_sde", "euler_ancestral"}
 def test_same_noise_same_latents_with_and_without_comfyui(comfy, tiny):
     """The standalone networks and sampler equal ComfyUI's SD3 and TAESD, so that what is measured in one holds in the other."""
     import comfy.sample
+
     from tiny_digits.world import TinyDigits, prompt
 
     noise = torch.randn(4, 16, 4, 4, generator=torch.Generator().manual_seed(3))
@@ -25,9 +26,9 @@ def test_same_noise_same_latents_with_and_without_comfyui(comfy, tiny):
 
 def test_the_safe_sampler_equals_the_standalone_one(comfy, run, tiny):
     import comfy.sample
-    from tiny_digits.world import TinyDigits, prompt
 
     from safe_denoiser import Bank, SafeDenoiser
+    from tiny_digits.world import TinyDigits, prompt
 
     noise = torch.randn(4, 16, 4, 4, generator=torch.Generator().manual_seed(3))
     to_model = tiny.model.model.process_latent_in

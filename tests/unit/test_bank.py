@@ -2,9 +2,10 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from safe_denoiser import Bank, LatentCache, NegationSet, encode_bank, load_bank, merge_banks, save_bank
 from safe_denoiser.bank import fit_picture
-from safetensors.torch import save_file
 
 
 def encode(image):

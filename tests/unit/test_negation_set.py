@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from safe_denoiser import NegationSet
 
 
@@ -45,7 +46,8 @@ def test_unreadable_files_are_skipped_counted_and_named(tmp_path):
         NegationSet.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize("mode, name", [("CMYK", "a.jpg"), ("P", "a.png"), ("L", "a.png"), ("1", "a.png"), ("RGBA", "a.webp"), ("RGB", "a.bmp")])
+@pytest.mark.parametrize("mode, name", [
+    ("CMYK", "a.jpg"), ("P", "a.png"), ("L", "a.png"), ("1", "a.png"), ("RGBA", "a.webp"), ("RGB", "a.bmp")])
 def test_every_colour_mode_becomes_rgb(tmp_path, mode, name):
     picture(mode).save(tmp_path / name)
     pixels = only(tmp_path)

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from safe_denoiser import Bank, NegationSet, Report, SafeDenoiser
 
 
