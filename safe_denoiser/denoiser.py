@@ -247,7 +247,8 @@ class SafeDenoiser:
     def _by_beta(self, p: Prediction, unsafe: Posterior, beta: Tensor) -> Correction:
         """The theorem as printed, with a ceiling on beta."""
         if self.push == "unconditional" and p.unconditional is None:
-            raise ValueError("push 'unconditional' needs the unconditional prediction, and at cfg 1 there is none; raise cfg or push 'guided'")
+            raise ValueError("push 'unconditional' needs the unconditional prediction, and at cfg 1 there is none; "
+                             "raise cfg or push 'guided'")
         pushed = p.unconditional if self.push == "unconditional" else p.denoised
         capped = beta.clamp_max(self.beta_max)
         return Correction(methods.from_beta(pushed, unsafe.mean, capped), capped, unsafe.weights.argmax(1), beta > self.beta_max)
