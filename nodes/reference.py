@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..safe_denoiser import Bank, load_bank, save_bank
 from . import folders
+from .bank import require_pictures
 from .fingerprint import fingerprint, fingerprint_weights
 from .types import CATEGORY, NegationBankType
 
@@ -59,8 +60,7 @@ class SampleReferenceBank(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent, conditioning, count, seed, steps, sampler_name, scheduler, batch_size) -> io.NodeOutput:
         samples = latent["samples"]
-        if samples.ndim < 4:
-            raise ValueError(f"latent is {tuple(samples.shape)}, which is audio; the safe denoiser needs image or video latents")
+        require_pictures(samples, model.get_model_object("latent_format"))
         shape = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1])).shape[1:]
         settings = (shape, count, seed, steps, sampler_name, scheduler, batch_size)
         path = folders.cache("reference") / f"{fingerprint(fingerprint_weights(model), conditioning, *settings)}.safetensors"

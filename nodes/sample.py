@@ -1,4 +1,5 @@
 """Apply Safe Denoiser and Safe KSampler: the only place where the core meets the sampling loop."""
+import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.samplers
 import nodes as comfy_nodes
@@ -7,9 +8,10 @@ from comfy_api.latest import io
 
 from ..safe_denoiser import Bank, Report, SafeDenoiser
 from ..safe_denoiser.denoiser import METHODS, WEIGHTS
+from .bank import require_pictures
 from .types import CATEGORY, NegationBankType, ReportType
 
-KEY = "safe_denoiser"
+POST_CFG = "sampler_post_cfg_function"
 
 
 def forward_process(model_sampling, sigma: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,13 +27,56 @@ def to_model(bank: Bank | None, model, like: torch.Tensor, bank_size: str, notes
     if bank is None:
         return None
     latents = bank.latents.to(like.device, torch.float32)
-    if bank.metadata.get("space") == "vae":
+    if model.latent_format.latent_dimensions == 3 and latents.ndim == 4:
+        latents = latents.unsqueeze(2)  # pictures are one frame long where the model's latents have frames
+    if bank.metadata.get("space") == "vae" and latents.shape[1] == like.shape[1]:  # of another model: the size check says it better
         latents = model.process_latent_in(latents)
     bank = Bank(latents, bank.names, bank.metadata, None if bank.weights is None else bank.weights.to(like.device))
     if bank_size == "interpolate" and bank.latents.shape[-2:] != like.shape[-2:]:
         notes.append(f"bank resized from {tuple(bank.latents.shape[1:])} to the sampler's {tuple(like.shape[1:])}")
         bank = bank.resized(like.shape[-2:])
     return bank
+
+
+def refuse(guider, noise: torch.Tensor) -> None:
+    """Raise where there is no picture to steer: not a picture, or not a diffusion of one."""
+    require_pictures(noise, guider.inner_model.latent_format)
+    if isinstance(guider.inner_model.model_sampling, comfy.model_sampling.IMG_TO_IMG):
+        raise ValueError(f"{type(guider.inner_model).__name__} maps one picture to another and has no noise level at which to compare it "
+                         f"with a bank; the safe denoiser needs a diffusion model, so sample this one without it")
+
+
+def split_late(model_options: dict, guider) -> tuple[dict, list, dict]:
+    """Hold back the post-CFG functions that the running sampler itself added, so that they can be called after the correction.
+
+    CFG++ samplers catch `uncond_denoised` there and step from it: x' = a denoised - b uncond_denoised + c x. They equal their plain
+    namesakes where both predictions are the same, so a correction acts as under plain CFG if, and only if, it moves both.
+
+    Returns:
+        model_options without them, the functions, and a dict that will hold what they would have been called with.
+    """
+    functions, own = model_options.get(POST_CFG, []), guider.model_options.get(POST_CFG, [])
+    late, seen = [fn for fn in functions if fn not in own], {}
+    if not late:
+        return model_options, late, seen
+
+    def catch(args):
+        seen.update(args)
+        return args["denoised"]
+
+    return {**model_options, POST_CFG: [fn for fn in functions if fn in own] + [catch]}, late, seen
+
+
+def call_late(late: list, seen: dict, denoised: torch.Tensor, safe_denoised: torch.Tensor) -> torch.Tensor:
+    """Call what `split_late` held back, with both predictions moved as `denoised` was."""
+    if not seen:  # a guider that calls no post-CFG function
+        return safe_denoised
+    if safe_denoised is not denoised:
+        shift = safe_denoised - denoised
+        seen = seen | {key: seen[key] + shift for key in ("cond_denoised", "uncond_denoised")}
+    for fn in late:
+        safe_denoised = fn({**seen, "denoised": safe_denoised})
+    return safe_denoised
 
 
 def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, **settings):
@@ -46,32 +91,39 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
     SafeDenoiser(**banks, **settings)  # says at once what is wrong with them
     patched, report, run = model.clone(), Report([], []), {}
 
-    def begin(guider, noise):
-        if noise.ndim < 4:
-            raise ValueError(f"the sampler runs at {tuple(noise.shape[1:])}, which is audio; the safe denoiser needs image or video "
-                             f"latents")
+    def begin(guider, noise, sigmas=None, denoise_mask=None):
+        refuse(guider, noise)
         sampling, notes = guider.inner_model.model_sampling, []
         moved = {name: to_model(bank, guider.inner_model, noise, bank_size, notes) for name, bank in banks.items()}
         window = {"sigma_start": float(sampling.percent_to_sigma(start)), "sigma_end": float(sampling.percent_to_sigma(end))}
-        run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling)
+        run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling, sigmas=sigmas, mask=denoise_mask)
         report.steps.clear()
         report.notes[:] = dict.fromkeys(notes)
 
-    def sampler_sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
-        begin(guider, noise)
+    def mask_at(timestep, model_options, guider):
+        change = model_options.get("denoise_mask_function")  # Differential Diffusion: another mask at each step
+        if run["mask"] is None or change is None:
+            return run["mask"]
+        return change(timestep, run["mask"], extra_options={"model": guider, "sigmas": run["sigmas"]})
+
+    def sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs):
+        begin(guider, noise, sigmas, denoise_mask)
         try:
-            return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+            return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
         finally:
             run.clear()  # frees the device's copy of the banks
 
-    def predict_noise(executor, x, timestep, *args, **kwargs):
-        denoised = executor(x, timestep, *args, **kwargs)
+    def predict_noise(executor, x, timestep, model_options, *args, **kwargs):
+        guider = executor.class_obj
         if not run:  # a guider that was called without its sampler
-            begin(executor.class_obj, x)
-        safe_denoised, step = run["denoiser"].safe(x, denoised, *forward_process(run["sampling"], timestep, x.ndim))
+            begin(guider, x)
+        mask = mask_at(timestep, model_options, guider)
+        model_options, late, seen = split_late(model_options, guider)
+        denoised = executor(x, timestep, model_options, *args, **kwargs)
+        safe_denoised, step = run["denoiser"].safe(x, denoised, *forward_process(run["sampling"], timestep, x.ndim), mask)
         if step is not None:
             report.steps.append(step)
-        return safe_denoised
+        return call_late(late, seen, denoised, safe_denoised)
 
     wrappers = comfy.patcher_extension.WrappersMP
     patched.add_wrapper(wrappers.SAMPLER_SAMPLE, sampler_sample)

@@ -4,7 +4,7 @@ Everything here is a function of three tensors: `x` (noisy latent), `sigma` (B,)
 The correction is affine in `denoised`, so it equals the same correction of eps, v or the score.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -149,6 +149,7 @@ class SafeDenoiser:
         posterior_max: ceiling of r, below 1.
         radius: SPELL's shield radius, latent L2; None is the median distance of a bank item to its nearest neighbour.
         threshold: gate of "official".
+        root: square root of the mask (D,) inside which alone the banks count; set by `masked`.
 
     Raises:
         ValueError: an unknown method or weight, a missing bank, banks of different shapes, a number out of range.
@@ -169,6 +170,8 @@ class SafeDenoiser:
     posterior_max: float = 0.95
     radius: float | None = None
     threshold: float = 1e-9
+    root: Tensor | None = None
+    _kept: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -194,7 +197,7 @@ class SafeDenoiser:
     @cached_property
     def latents(self) -> Tensor:
         """The bank as the chosen method reads it, flat (N, D) in fp32 or better."""
-        bank = self.bank.normalised() if self.method.startswith("official") else self.bank
+        bank = self.bank.normalised() if self.method.startswith("official") and self.root is None else self.bank
         return bank.latents.flatten(1).to(torch.promote_types(bank.latents.dtype, torch.float32))
 
     @cached_property
@@ -206,8 +209,10 @@ class SafeDenoiser:
 
     @cached_property
     def kernel_temperature(self) -> float:
-        """T: as given, else D / 32, which spreads the weights alike at every latent size."""
-        return max(1.0, self.latents.shape[1] / 32) if self.temperature is None else self.temperature
+        """T: as given, else D / 32, which spreads the weights alike at every latent size; D counts what is inside the mask."""
+        if self.temperature is not None:
+            return self.temperature
+        return max(1.0, (self.latents.shape[1] if self.root is None else float(self.root.square().sum())) / 32)
 
     @cached_property
     def shield_radius(self) -> float:
@@ -230,6 +235,7 @@ class SafeDenoiser:
         items = draws % len(y) if len(y) < 128 else draws * len(y) // 128
         own = items[:, None] == torch.arange(len(y), device=y.device)
         eps = torch.randn(128, y.shape[1], generator=torch.Generator().manual_seed(0)).to(y)
+        eps = eps if self.root is None else eps * self.root
         grid = torch.linspace(math.log(1e-2), math.log(1e3), 32)
         means, spreads = [], []
         for scale in grid.exp().tolist():
@@ -274,10 +280,40 @@ class SafeDenoiser:
 
     def _per_location(self, flat: Tensor) -> Tensor:
         """Each location of flat latents (B, D) at unit norm over the channels."""
-        return F.normalize(flat.unflatten(1, self.bank.latents.shape[1:]), dim=1).flatten(1)
+        unit = F.normalize(flat.unflatten(1, self.bank.latents.shape[1:]), dim=1).flatten(1)
+        return unit if self.root is None else unit * self.root
+
+    def masked(self, mask: Tensor) -> "SafeDenoiser":
+        """The same safe denoiser inside a mask m (D,) in [0, 1]: every |x - y|^2 becomes sum m (x - y)^2.
+
+        With root = sqrt(m) that is |root x - root y|^2, so each method works unchanged on inputs and banks multiplied by root. The
+        kernel keeps the bandwidth of the whole bank, which is a length per element.
+        """
+        root = mask.to(self.latents.dtype).sqrt()
+        bank = self.bank.normalised() if self.method.startswith("official") else self.bank
+        return replace(self, bank=bank.masked(root), retain=self.retain and self.retain.masked(root),
+                       reference=self.reference and self.reference.masked(root), bandwidth=self.kernel_bandwidth, root=root)
+
+    def correct_inside(self, mask: Tensor, x: Tensor, denoised: Tensor, sigma: Tensor, alpha: Tensor) -> Correction:
+        """`correct`, each row with distances inside its own mask (B, D) and no correction where the mask is 0.
+
+        Rows of one mask go together, so that the bank is read in one matmul per mask. Where the mask is between 0 and 1 the
+        correction is whole: the sampler's own blend, denoised m + latent (1 - m), weighs it by m.
+        """
+        if self._kept.get("mask") is None or not torch.equal(self._kept["mask"], mask):
+            kinds, kind = mask.unique(dim=0, return_inverse=True)
+            self._kept.update(mask=mask, parts=[((kind == k).nonzero()[:, 0], self.masked(m)) for k, m in enumerate(kinds)])
+        parts = []
+        for index, inside in self._kept["parts"]:
+            part = inside.correct(x[index] * inside.root, denoised[index] * inside.root, sigma[index], alpha[index])
+            whole = torch.where(inside.root > 0, part.direction / inside.root, 0)
+            parts.append((whole, part.posterior, part.nearest, part.clamped))
+        order = torch.cat([index for index, _ in self._kept["parts"]]).argsort()
+        return Correction(*(torch.cat(values)[order] for values in zip(*parts)))
 
     @torch.no_grad()
-    def safe(self, x: Tensor, denoised: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0) -> tuple[Tensor, Step | None]:
+    def safe(self, x: Tensor, denoised: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0,
+             mask: Tensor | None = None) -> tuple[Tensor, Step | None]:
         """Correct one prediction.
 
         Args:
@@ -286,6 +322,7 @@ class SafeDenoiser:
             denoised: the model's E[x0 | x], shaped like x.
             sigma: noise scale, a number or (B,).
             alpha: signal scale, a number or (B,); 1 for EPS, V and EDM models, 1 - sigma for flow models.
+            mask: what is sampled, 1, and what is given, 0 (inpainting); broadcasts to x. None: all is sampled.
 
         Returns:
             safe_denoised in the shape and dtype of `denoised`, and the Step (None when strength is 0, where `denoised` itself
@@ -302,7 +339,11 @@ class SafeDenoiser:
         repeats = len(flat) // len(x)
         sigma, alpha = (rows(value, flat)[:, 0].expand(len(x)).repeat_interleave(repeats) for value in (sigma, alpha))
         inside = (sigma > self.sigma_end) & (sigma <= self.sigma_start)
-        correction = self.correct(flat, predicted, sigma, alpha)
+        if mask is None:
+            correction = self.correct(flat, predicted, sigma, alpha)
+        else:
+            within = self._frames(mask.expand_as(x))[0].flatten(1).to(dtype)
+            correction = self.correct_inside(within, flat, predicted, sigma, alpha)
         corrected = predicted + self.strength * correction.direction
         finite = torch.isfinite(corrected).all(1)
         active = inside & finite
