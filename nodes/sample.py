@@ -11,7 +11,7 @@ from ..safe_denoiser.denoiser import METHODS, WEIGHTS
 from .bank import require_pictures
 from .types import CATEGORY, NegationBankType, ReportType
 
-POST_CFG = "sampler_post_cfg_function"
+KEY, POST_CFG = "safe_denoiser", "sampler_post_cfg_function"
 
 
 def forward_process(model_sampling, sigma: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,8 +119,12 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
             begin(guider, x)
         mask = mask_at(timestep, model_options, guider)
         model_options, late, seen = split_late(model_options, guider)
-        denoised = executor(x, timestep, model_options, *args, **kwargs)
-        safe_denoised, step = run["denoiser"].safe(x, denoised, *forward_process(run["sampling"], timestep, x.ndim), mask)
+        shared = model_options.get(KEY, {})  # of several patches on one model, all correct the prediction that the innermost got
+        denoised = executor(x, timestep, {**model_options, KEY: shared}, *args, **kwargs)
+        raw = shared.setdefault("denoised", denoised)
+        safe_denoised, step = run["denoiser"].safe(x, raw, *forward_process(run["sampling"], timestep, x.ndim), mask)
+        if raw is not denoised:
+            safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
         if step is not None:
             report.steps.append(step)
         return call_late(late, seen, denoised, safe_denoised)
