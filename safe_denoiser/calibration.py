@@ -38,11 +38,12 @@ class Calibration:
 class _Noised:
     """DRAWS noised bank items x = y + s eps at any s, through Gram matrices: after three matmuls no vector of length D is touched."""
 
-    def __init__(self, bank: Bank):
+    def __init__(self, bank: Bank, root: Tensor | None = None):
         y = bank.latents.flatten(1).to(torch.promote_types(bank.latents.dtype, torch.float32))
         draws = torch.arange(DRAWS, device=y.device)
         self.items = draws % len(y) if len(y) < DRAWS else draws * len(y) // DRAWS
         eps = torch.randn(DRAWS, y.shape[1], generator=torch.Generator().manual_seed(0)).to(y)
+        eps = eps if root is None else eps * root  # inside a mask, the noise is masked as the bank is
         self.gram, self.cross, self.eps_norms = y @ y.T, eps @ y.T, eps.square().sum(1)  # (N, N), (DRAWS, N), (DRAWS,)
         self.own_norms, self.norms = self.gram.diagonal()[self.items], self.gram.diagonal()
         self.own_cross = self.cross.gather(1, self.items[:, None])[:, 0]
@@ -64,12 +65,17 @@ class _Noised:
         return ((s**4 * off + 2 * s**3 * h**2 * along + h**4 * s**2 * self.eps_norms) / (h * h + s * s) ** 2).clamp_min(0)
 
 
-def temperature_for(bank: Bank, bandwidth: float, perplexity: float) -> float:
+def temperature_for(bank: Bank, bandwidth: float, perplexity: float, root: Tensor | None = None) -> float:
     """T at which the noised items' leave-one-out weights have this perplexity exp(entropy), at noise of the bank's own spread.
 
     Bisection in log T: the perplexity grows with T from 1 to N - 1. Ours.
+
+    Args:
+        bank: its latents already multiplied by `root`, (D,), where there is one.
+        bandwidth: h. perplexity: the target, at least 1.
     """
-    noised, s = _Noised(bank), float(bank.latents.float().std(correction=0))
+    noised, inside = _Noised(bank, root), bank.latents.flatten(1).float()
+    s = float((inside if root is None else inside[:, root > 0]).std(correction=0))
     low, high = -10.0, 20.0
     for _ in range(30):
         middle = (low + high) / 2
@@ -79,9 +85,9 @@ def temperature_for(bank: Bank, bandwidth: float, perplexity: float) -> float:
     return math.exp(high)
 
 
-def calibrate(bank: Bank, bandwidth: float, temperature: float) -> Calibration:
+def calibrate(bank: Bank, bandwidth: float, temperature: float, root: Tensor | None = None) -> Calibration:
     """The curves of a bank; deterministic, and cheap: its cost does not depend on the number of noise levels."""
-    noised, n = _Noised(bank), len(bank)
+    noised, n = _Noised(bank, root), len(bank)
     halves = torch.arange(n, device=bank.latents.device) % 2 == 0
     grid = torch.linspace(math.log(1e-2), math.log(1e3), 48)
     curves = []

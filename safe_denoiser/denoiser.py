@@ -4,7 +4,7 @@ Everything here is a function of three tensors: `x` (noisy latent), `sigma` (B,)
 The correction is affine in `denoised`, so it equals the same correction of eps, v or the score.
 """
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -105,6 +105,7 @@ class SafeDenoiser:
         radius: SPELL's shield radius, latent L2; None is the median distance of a bank item to its nearest neighbour.
         threshold: gate of "official".
         push: from where the beta forms push: the "guided" prediction, or the "unconditional" one (arXiv:2502.08011, Eq. 8).
+        root: square root of the mask (D,) inside which alone the banks count; set by `masked`.
 
     Raises:
         ValueError: an unknown method, weight or push, a missing bank, banks of different shapes, a number out of range.
@@ -127,7 +128,8 @@ class SafeDenoiser:
     radius: float | None = None
     threshold: float = 1e-9
     push: str = "guided"
-    _track: dict = field(default_factory=dict, init=False, repr=False)  # the previous call, for weight "tracked" only
+    root: Tensor | None = None
+    _memory: dict = field(default_factory=dict, init=False, repr=False)  # the latest mask; the previous call, for weight "tracked"
 
     def __post_init__(self):
         for name, choices in (("method", METHODS), ("weight", WEIGHTS), ("push", PUSHES)):
@@ -147,7 +149,7 @@ class SafeDenoiser:
     @cached_property
     def latents(self) -> Tensor:
         """The bank as the chosen method reads it, flat (N, D) in fp32 or better."""
-        bank = self.bank.normalised() if self.method.startswith("official") else self.bank
+        bank = self.bank.normalised() if self.method.startswith("official") and self.root is None else self.bank
         return bank.latents.flatten(1).to(torch.promote_types(bank.latents.dtype, torch.float32))
 
     @cached_property
@@ -172,11 +174,11 @@ class SafeDenoiser:
         """T: as given, else where a fixed share of the bank weighs in."""
         if self.temperature is not None:
             return self.temperature
-        return max(1.0, temperature_for(self.bank, self.kernel_bandwidth, max(1.0, PERPLEXITY * (len(self.bank) - 1))))
+        return max(1.0, temperature_for(self.bank, self.kernel_bandwidth, max(1.0, PERPLEXITY * (len(self.bank) - 1)), self.root))
 
     @cached_property
     def calibration(self) -> Calibration:
-        return calibrate(self.bank, self.kernel_bandwidth, self.kernel_temperature)
+        return calibrate(self.bank, self.kernel_bandwidth, self.kernel_temperature, self.root)
 
     def density(self, bank: Bank, p: Prediction) -> Posterior:
         """Posterior of one bank at x, with the bandwidth and temperature that all banks share."""
@@ -237,11 +239,11 @@ class SafeDenoiser:
         between = (unsafe.weights @ self.bank.squared_norms.to(x) - mean.square().sum(1)).clamp_min(0)
         excess = (sigma.square() / s2).square() * between + self.kernel_bandwidth**2 * sigma.square() / s2 * x.shape[1] - trace
         log_r = torch.full_like(sigma, math.log(self.prior))
-        before = self._track.get("before")
+        before = self._memory.get("before")
         if before is not None and before[0].shape == x.shape:
-            carried = methods.tracked(self._track["log_r"], before, x, sigma, 1 / self.kernel_temperature, math.log(self.posterior_max))
+            carried = methods.tracked(self._memory["log_r"], before, x, sigma, 1 / self.kernel_temperature, math.log(self.posterior_max))
             log_r = torch.where(sigma < before[1], carried, log_r)
-        self._track.update(log_r=log_r, before=(x, sigma, p.denoised, unsafe.mean, excess))
+        self._memory.update(log_r=log_r, before=(x, sigma, p.denoised, unsafe.mean, excess))
         return log_r
 
     def _by_beta(self, p: Prediction, unsafe: Posterior, beta: Tensor) -> Correction:
@@ -265,13 +267,43 @@ class SafeDenoiser:
             query = p.denoised
             if self.method == "official_sd3":
                 query = F.normalize(query.unflatten(1, self.bank.latents.shape[1:]), dim=1).flatten(1)
+                query = query if self.root is None else query * self.root
             direction, factor = methods.official(p.denoised, self.latents, self.kernel_bandwidth, self.threshold, query)
             gate = (factor.sum(1) + 1e-8 > self.threshold).to(p.x.dtype)
         return Correction(direction, gate, factor.argmax(1), torch.zeros_like(gate, dtype=torch.bool))
 
+    def masked(self, mask: Tensor) -> "SafeDenoiser":
+        """The same safe denoiser inside a mask m (D,) in [0, 1]: every |x - y|^2 becomes sum m (x - y)^2.
+
+        With root = sqrt(m) that is |root x - root y|^2, so each method works unchanged on inputs and banks multiplied by root. The
+        kernel keeps the bandwidth of the whole bank, which is a length per element.
+        """
+        root = mask.to(self.latents.dtype).sqrt()
+        bank = self.bank.normalised() if self.method.startswith("official") else self.bank
+        return replace(self, bank=bank.masked(root), retain=self.retain and self.retain.masked(root),
+                       reference=self.reference and self.reference.masked(root), bandwidth=self.kernel_bandwidth, root=root)
+
+    def correct_inside(self, mask: Tensor, p: Prediction) -> Correction:
+        """`correct`, each row with distances inside its own mask (B, D) and no correction where the mask is 0.
+
+        Rows of one mask go together, so that the bank is read in one matmul per mask. Where the mask is between 0 and 1 the
+        correction is whole: the sampler's own blend, denoised m + latent (1 - m), weighs it by m.
+        """
+        if self._memory.get("mask") is None or not torch.equal(self._memory["mask"], mask):
+            kinds, kind = mask.unique(dim=0, return_inverse=True)
+            self._memory.update(mask=mask, parts=[((kind == k).nonzero()[:, 0], self.masked(m)) for k, m in enumerate(kinds)])
+        parts = []
+        for index, inside in self._memory["parts"]:
+            x, denoised, empty = (y if y is None else y[index] * inside.root for y in (p.x, p.denoised, p.unconditional))
+            part = inside.correct(Prediction(x, denoised, p.sigma[index], p.alpha[index], empty))
+            whole = torch.where(inside.root > 0, part.direction / inside.root, 0)
+            parts.append((whole, part.posterior, part.nearest, part.clamped))
+        order = torch.cat([index for index, _ in self._memory["parts"]]).argsort()
+        return Correction(*(torch.cat(values)[order] for values in zip(*parts)))
+
     @torch.no_grad()
     def safe(self, x: Tensor, denoised: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0,
-             unconditional: Tensor | None = None) -> tuple[Tensor, Step | None]:
+             mask: Tensor | None = None, unconditional: Tensor | None = None) -> tuple[Tensor, Step | None]:
         """Correct one prediction.
 
         Args:
@@ -280,6 +312,7 @@ class SafeDenoiser:
             denoised: the model's E[x0 | x] after guidance, shaped like x.
             sigma: noise scale, a number or (B,).
             alpha: signal scale, a number or (B,); 1 for EPS, V and EDM models, 1 - sigma for flow models.
+            mask: what is sampled, 1, and what is given, 0 (inpainting); broadcasts to x. None: all is sampled.
             unconditional: the model's E[x0 | x] under the empty prompt, shaped like x, where guidance computed it.
 
         Returns:
@@ -296,7 +329,11 @@ class SafeDenoiser:
         flat, predicted, empty = (y if y is None else self._frames(y)[0].flatten(1).to(dtype) for y in (x, denoised, unconditional))
         sigma, alpha = (rows(value, flat)[:, 0].expand(len(x)).repeat_interleave(len(flat) // len(x)) for value in (sigma, alpha))
         inside = (sigma > self.sigma_end) & (sigma <= self.sigma_start)
-        correction = self.correct(Prediction(flat, predicted, sigma, alpha, empty))
+        prediction = Prediction(flat, predicted, sigma, alpha, empty)
+        if mask is None:
+            correction = self.correct(prediction)
+        else:
+            correction = self.correct_inside(self._frames(mask.expand_as(x))[0].flatten(1).to(dtype), prediction)
         corrected = predicted + self.strength * correction.direction
         finite = torch.isfinite(corrected).all(1)
         active = inside & finite

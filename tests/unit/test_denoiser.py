@@ -178,13 +178,14 @@ def test_what_needs_an_unconditional_prediction_says_so_at_cfg_1():
     for settings in (dict(weight="unconditional"), dict(weight="constant", push="unconditional")):
         with pytest.raises(ValueError, match="at cfg 1 there is none"):
             SafeDenoiser(bank, **settings).safe(x, x, 0.8)
-        SafeDenoiser(bank, **settings).safe(x, x, 0.8, 1.0, x + 1)
+        SafeDenoiser(bank, **settings).safe(x, x, 0.8, unconditional=x + 1)
 
 
 def test_eq_8_pushes_from_the_unconditional_prediction():
     """arXiv:2502.08011, Eq. 8: D_cfg + beta (D_uncond - E_u)."""
     bank, x, denoised, empty = Bank(torch.randn(1, 4, 4, 4)), *torch.randn(3, 2, 4, 4, 4)
-    got, _ = SafeDenoiser(bank, weight="constant", strength=0.5, push="unconditional", bandwidth=0.0).safe(x, denoised, 0.8, 1.0, empty)
+    denoiser = SafeDenoiser(bank, weight="constant", strength=0.5, push="unconditional", bandwidth=0.0)
+    got, _ = denoiser.safe(x, denoised, 0.8, unconditional=empty)
     torch.testing.assert_close(got, denoised + 0.5 * (empty - bank.latents))
 
 
@@ -253,7 +254,7 @@ BANKS = {
     "spell": dict(method="spell", radius=100.0), "official": dict(method="official", threshold=0.0),
     "official_sd3": dict(method="official_sd3", threshold=0.0), "sgf": dict(method="sgf", bandwidth=5.0),
     "reference": dict(reference=Bank(torch.randn(6, 4, 4, 4)), weight="reference"), "constant": dict(weight="constant"),
-    "ratio_beta": dict(reference=Bank(torch.randn(6, 4, 4, 4)), weight="ratio_beta"), "tracked": dict(weight="tracked"),
+    "ratio_beta": dict(retain=Bank(torch.randn(5, 4, 4, 4)), weight="ratio_beta"), "tracked": dict(weight="tracked"),
 }
 
 
@@ -289,6 +290,7 @@ def test_strength_0_and_an_excluding_window_are_bit_exact(settings):
     denoised = torch.randn(2, 4, 4, 4, dtype=torch.float64).to(torch.bfloat16)
     same, step = SafeDenoiser(bank, strength=0.0, **settings).safe(x, denoised, 0.8)
     assert same is denoised and step is None
+    x = bank.latents[:2] + 0.5 * x
     outside, step = SafeDenoiser(bank, sigma_start=0.5, **settings).safe(x, denoised, 0.8)
     assert torch.equal(outside, denoised) and not step.active.any() and not step.posterior.any()
     rows, step = SafeDenoiser(bank, sigma_start=0.8, sigma_end=0.2, **settings).safe(x, denoised, torch.tensor([0.8, 0.2]))
@@ -348,7 +350,8 @@ def test_auto_takes_the_best_that_the_banks_allow():
     for banks, unconditional, weight in (({}, None, "gate"), ({}, empty, "unconditional"), (dict(retain=retain), empty, "retain"),
                                          (dict(reference=reference), empty, "evidence"),
                                          (dict(retain=retain, reference=reference), None, "evidence")):
-        auto, named = (SafeDenoiser(bank, weight=w, **banks).safe(x, denoised, 0.8, 1.0, unconditional)[0] for w in ("auto", weight))
+        auto, named = (SafeDenoiser(bank, weight=w, **banks).safe(x, denoised, 0.8, unconditional=unconditional)[0]
+                       for w in ("auto", weight))
         assert torch.equal(auto, named), weight
 
 
