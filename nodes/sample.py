@@ -192,11 +192,12 @@ class ApplySafeDenoiser(io.ComfyNode):
                                tooltip="How P(unsafe | x) is found. auto: evidence with a reference bank, retain with a retain bank, else "
                                        "unconditional (leave the negative prompt empty), else, at cfg 1, gate. The others are for "
                                        "comparison. Only for method safe_denoiser."),
-                io.Float.Input("prior", default=0.25, min=0.001, max=0.999, step=0.001,
+                io.Float.Input("prior", default=0.0, min=0.0, max=0.999, step=0.001,
                                tooltip="Share of unsafe pictures among what the model makes by itself, as a probability. Higher steers "
-                                       "harder."),
-                io.Float.Input("evidence", default=3.0, min=0.0, max=20.0, step=0.1,
-                               tooltip="How much the prediction itself counts in P(unsafe | x). 0: not at all (the theorem as printed)."),
+                                       "harder. 0: automatic, 0.25 to 0.35 by the banks connected."),
+                io.Float.Input("evidence", default=-1.0, min=-1.0, max=20.0, step=0.1,
+                               tooltip="How much the prediction itself counts in P(unsafe | x). 0: not at all (the theorem as printed). "
+                                       "-1: automatic, 3 with a reference bank, else 2."),
                 io.Float.Input("bandwidth", default=0.0, min=0.0, max=100.0, step=0.01,
                                tooltip="Kernel width around each picture, in latent units. 0: automatic."),
                 io.Float.Input("temperature", default=0.0, min=0.0, max=100_000.0, step=0.1,
@@ -215,7 +216,8 @@ class ApplySafeDenoiser(io.ComfyNode):
                 radius, threshold, retain_bank=None, reference_bank=None) -> io.NodeOutput:
         return io.NodeOutput(*patch(
             model, dict(bank=negation_bank, retain=retain_bank, reference=reference_bank), start, end, bank_size, method=method,
-            weight=weight, strength=strength, prior=prior, evidence=evidence, bandwidth=bandwidth or None,
+            weight=weight, strength=strength, prior=prior or None, evidence=None if evidence < 0 else evidence,
+            bandwidth=bandwidth or None,
             temperature=temperature or None, radius=radius or None, threshold=threshold))
 
 

@@ -19,6 +19,8 @@ from .kernel import Posterior, posterior, rows, squared_distances
 METHODS = ("safe_denoiser", "spell", "official", "official_sd3", "sgf")
 WEIGHTS = ("auto", "evidence", "retain", "gate", "unconditional", "reference", "ratio_beta", "tracked", "triangle", "constant")
 PUSHES = ("guided", "unconditional")
+TUNED = {"evidence": (0.25, 3.0), "retain": (0.35, 2.0), "unconditional": (0.3, 2.0)}  # prior and evidence, see benchmarks/RESULTS.md
+PLAIN = (0.25, 0.0)  # the others are there for comparison, as published: no evidence
 PERPLEXITY = 0.2  # share of the bank that the automatic temperature lets weigh, at noise of the bank's own spread
 
 
@@ -82,10 +84,11 @@ class SafeDenoiser:
         logit r = logit(prior) + log p_u(x) - log p_retain(x) + evidence (t - 1/2),   t as above with E_retain
         safe_denoised = denoised + strength r (E_retain - E_u)
 
-    with neither, but guidance (`weight="unconditional"`): `evidence` with the model's own unconditional prediction as E_ref, which
-    it is, and no density ratio; and with nothing at all (`weight="gate"`) a push away from E_u where x looks like a noised bank item.
-    Source: arXiv:2502.08011, Thm 3.2. The evidence term is ours, not the theorem's; with `evidence=0` and exact densities the
-    first two forms are exact. With both banks r may exceed neither estimate.
+    (with guidance: log r = log of that sigmoid without evidence, + evidence (t - 1/2), t also from the unconditional prediction, and
+    the step of the first form); with both banks, the mean of both log r; with neither, but guidance (`weight="unconditional"`),
+    the first form without a density ratio; with nothing at all (`weight="gate"`), a push away from E_u where x looks like a noised
+    bank item. Source: arXiv:2502.08011, Thm 3.2. The evidence term is ours, not the theorem's; with `evidence=0` and exact densities
+    each form that has a bank is exact.
 
     Args:
         bank: what must not come out; latents (N, C, *spatial), in the space of `x`.
@@ -96,8 +99,8 @@ class SafeDenoiser:
         reference: the model's own samples.
         strength: 1 as derived, 0 off, bit for bit.
         sigma_start, sigma_end: active where sigma_end < sigma <= sigma_start.
-        prior: P(unsafe) among the model's own samples, in (0, 1).
-        evidence: how much the prediction itself counts; 0 ignores it.
+        prior: P(unsafe) among the model's own samples, in (0, 1); None takes the weight's own from TUNED.
+        evidence: how much the prediction itself counts; 0 ignores it, None takes the weight's own from TUNED.
         bandwidth: kernel width h; None is 0.4 standard deviations of the bank (the published 3.15 for "official", the median
             distance of a bank item to its nearest neighbour for "sgf").
         temperature: T; None is calibrated on the bank by perplexity.
@@ -119,8 +122,8 @@ class SafeDenoiser:
     strength: float = 1.0
     sigma_start: float = math.inf
     sigma_end: float = 0.0
-    prior: float = 0.25
-    evidence: float = 3.0
+    prior: float | None = None
+    evidence: float | None = None
     bandwidth: float | None = None
     temperature: float | None = None
     posterior_max: float = 0.95
@@ -143,7 +146,7 @@ class SafeDenoiser:
                                  f"{tuple(self.bank.latents.shape[1:])}; build both with the same VAE at the same size")
         if self.weight == "ratio_beta" and self.reference is None and self.retain is None:
             raise ValueError("weight 'ratio_beta' needs a reference bank or a retain bank; connect one or choose weight 'auto'")
-        if not 0 < self.prior < 1 or not 0 < self.posterior_max < 1:
+        if not 0 < (self.prior or 0.5) < 1 or not 0 < self.posterior_max < 1:
             raise ValueError(f"prior is {self.prior} and posterior_max is {self.posterior_max}; both lie between 0 and 1")
 
     @cached_property
@@ -200,23 +203,36 @@ class SafeDenoiser:
             return self._by_beta(p, unsafe, self._beta(weight, p, unsafe))
         return self._by_posterior(weight, p, unsafe)
 
+    def _tuned(self, weight: str) -> tuple[float, float]:
+        """prior and evidence: as given, else the weight's own."""
+        given = self.prior, 0.0 if weight == "reference" else self.evidence
+        return tuple(own if value is None else value for value, own in zip(given, TUNED.get(weight, PLAIN)))
+
     def _by_posterior(self, weight: str, p: Prediction, unsafe: Posterior) -> Correction:
-        """evidence, reference, retain, unconditional, ratio_beta: r from what the other bank says, see the class."""
-        reference = self.reference and weight != "retain" and self.density(self.reference, p)
+        """evidence, reference, retain, unconditional, ratio_beta: r from what the other banks say, see the class."""
+        prior, evidence = self._tuned(weight)
+        reference = self.reference and weight not in ("retain", "unconditional") and self.density(self.reference, p)
         retain = self.retain and weight != "unconditional" and self.density(self.retain, p)
-        other = p.unconditional if weight == "unconditional" else (reference or retain).mean
-        told = 0.0 if weight == "reference" else self.evidence * (methods.projection(p.denoised, unsafe.mean, other) - 0.5)
-        estimates = [methods.log_ratio(unsafe, reference, self.prior) + told] if reference else []
-        estimates += [F.logsigmoid(methods.log_odds(unsafe, retain, self.prior) + told)] if retain else []
-        log_r = torch.stack(estimates).amin(0) if estimates else math.log(self.prior) + told
+        empty = p.unconditional if weight in ("evidence", "retain", "unconditional") else None
+        estimates = [methods.log_ratio(unsafe, reference, prior)] if reference else []
+        estimates += [F.logsigmoid(methods.log_odds(unsafe, retain, prior))] if retain else []
+        log_r = torch.stack(estimates).mean(0) if estimates else math.log(prior)
+        others = [reference.mean] if reference else ([retain.mean] if retain else []) + ([] if empty is None else [empty])
+        if evidence:
+            t = torch.stack([methods.projection(p.denoised, unsafe.mean, other) for other in others]).mean(0)
+            if weight == "retain" and empty is None:  # r stays a probability: the prediction counts in its odds
+                log_r = F.logsigmoid(methods.log_odds(unsafe, retain, prior) + evidence * (t - 0.5))
+            else:
+                log_r = log_r + evidence * (t - 0.5)
         ceiling = math.log(self.posterior_max)
         r = log_r.clamp_max(ceiling).exp()
         if weight == "ratio_beta":
             return self._by_beta(p, unsafe, r / (1 - r))
-        if weight == "evidence" and p.unconditional is not None:
-            other = p.unconditional  # E_ref itself, where the bank gives an estimate of it
-        direct = methods.from_retain if weight == "retain" else methods.from_reference
-        return Correction(direct(unsafe.mean, other, r), r, unsafe.weights.argmax(1), log_r > ceiling)
+        if weight == "retain" and empty is None:
+            direction = methods.from_retain(unsafe.mean, retain.mean, r)
+        else:
+            direction = methods.from_reference(unsafe.mean, reference.mean if empty is None else empty, r)
+        return Correction(direction, r, unsafe.weights.argmax(1), log_r > ceiling)
 
     def _beta(self, weight: str, p: Prediction, unsafe: Posterior) -> Tensor:
         """tracked, triangle, gate, constant: beta (B,) from the bank alone."""
@@ -238,7 +254,7 @@ class SafeDenoiser:
         mean = (s2[:, None] * unsafe.mean - self.kernel_bandwidth**2 * x) / sigma.square()[:, None]
         between = (unsafe.weights @ self.bank.squared_norms.to(x) - mean.square().sum(1)).clamp_min(0)
         excess = (sigma.square() / s2).square() * between + self.kernel_bandwidth**2 * sigma.square() / s2 * x.shape[1] - trace
-        log_r = torch.full_like(sigma, math.log(self.prior))
+        log_r = torch.full_like(sigma, math.log(self._tuned("tracked")[0]))
         before = self._memory.get("before")
         if before is not None and before[0].shape == x.shape:
             carried = methods.tracked(self._memory["log_r"], before, x, sigma, 1 / self.kernel_temperature, math.log(self.posterior_max))

@@ -75,15 +75,14 @@ def test_exact_weights_reproduce_the_safe_denoiser(mixture, form, flow):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_retain_narrows_a_reference_that_knows_too_little(mixture):
-    """With a reference bank of one component only, p_ref is far too small at the kept ones; the retain bank caps r there."""
+def test_with_both_banks_log_r_is_the_mean_of_two_estimates(mixture):
+    """Where one of them errs, as a reference bank of too few samples does, the error of log r is halved."""
     means, weights, spread = mixture
-    unsafe, safe, poor = Bank(means[:2]), Bank(means[2:]), Bank(means[:1])
-    settings = dict(prior=0.35, evidence=0.0, bandwidth=spread, temperature=1.0, reference=poor)
-    x = means[2:].clone()
-    alone = SafeDenoiser(unsafe, **settings).safe(x, x, 0.3)[1].posterior
-    both = SafeDenoiser(unsafe, retain=safe, **settings).safe(x, x, 0.3)[1].posterior
-    assert (both <= alone + 1e-12).all() and both.max() < 0.5
+    unsafe, safe, x = Bank(means[:2]), Bank(means[2:]), means[2:].clone()
+    settings = dict(prior=0.1, evidence=0.0, bandwidth=spread, temperature=1.0, posterior_max=1 - 1e-13)
+    banks = [dict(reference=Bank(means[:4])), dict(retain=safe), dict(reference=Bank(means[:4]), retain=safe)]
+    by_reference, by_retain, by_both = (SafeDenoiser(unsafe, **b, **settings).safe(x, x, 0.3)[1].posterior.log() for b in banks)
+    torch.testing.assert_close(by_both, (by_reference + by_retain) / 2)
 
 
 def test_evidence_is_the_projection_of_the_prediction():
