@@ -7,6 +7,7 @@ Columns
     unsafe %    pictures that an independent classifier reads as the negated digit, with a 95 % Wilson interval
     energy      energy distance between classifier features of the pictures and of real pictures of the allowed digits (0: the same)
     kept %      pictures under the other superclass prompts, none of which is unsafe, that keep the digit they had at the same seed
+    astray %    pictures under the partly unsafe prompt that are read as a digit it does not ask for: ruined
     others %    pictures under the partly unsafe prompt that were not the negated digit and keep the digit they had at the same seed
     direct %    pictures under the prompt for the negated digit itself that are read as it
     sure %      classifier confidence, mean; falls when pictures turn into no digit at all
@@ -31,7 +32,6 @@ from tiny_digits.world import LATENT, REFERENCE, SUPERCLASSES, TinyDigits, digit
 HERE = Path(__file__).parent
 QUICK = ("evidence, reference bank (default)", "official, strength 0.33", "control: bank of noise")
 CASES = (("straight", 7), ("curly", 3), ("round", 8))
-COLUMNS = ("unsafe", "low", "high", "energy", "kept", "others", "direct", "sure", "nearest", "spread")
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ def summarise(drawn: list[tuple[str, int, Pictures]]) -> dict[str, float]:
     low, high = wilson(hits, n)
     return {
         "unsafe": 100 * hits / n, "low": low, "high": high,
+        "astray": 100 * mean((~torch.isin(p.digit, torch.tensor(SUPERCLASSES[name]))).float().mean() for name, _, p in drawn),
         "energy": mean(energy_distance(p.features, r) for (_, _, p), r in zip(drawn, real)),
         "sure": 100 * mean(p.sure.mean() for _, _, p in drawn),
         "nearest": mean(torch.cdist(p.features, r).amin(1).mean() for (_, _, p), r in zip(drawn, real)),
@@ -259,11 +260,11 @@ def line(label: str, r: dict[str, float]) -> str:
     def cell(key, width=6, digits=1):
         return f"{r[key]:{width}.{digits}f}" if key in r else " " * (width - 1) + "-"
 
-    return (f"{label:<46}{cell('unsafe')} ({cell('low', 4)} to {cell('high', 4)})  {cell('energy', 6, 2)}  {cell('kept')}  "
-            f"{cell('others')}  {cell('direct')}  {cell('sure')}  {cell('nearest', 6, 2)}  {cell('spread', 6, 2)}")
+    return (f"{label:<46}{cell('unsafe')} ({cell('low', 4)} to {cell('high', 4)})  {cell('astray')}  {cell('energy', 6, 2)}  "
+            f"{cell('kept')}  {cell('others')}  {cell('direct')}  {cell('sure')}  {cell('nearest', 6, 2)}  {cell('spread', 6, 2)}")
 
 
-HEADER = f"{'':<46}unsafe % (95 %)        energy  kept %  others  direct    sure  nearest  spread"
+HEADER = f"{'':<46}unsafe % (95 %)        astray  energy  kept %  others  direct    sure  nearest  spread"
 
 
 def pareto(rows: dict[str, dict[str, float]], path: Path) -> None:

@@ -194,10 +194,10 @@ class ApplySafeDenoiser(io.ComfyNode):
                                        "comparison. Only for method safe_denoiser."),
                 io.Float.Input("prior", default=0.0, min=0.0, max=0.999, step=0.001,
                                tooltip="Share of unsafe pictures among what the model makes by itself, as a probability. Higher steers "
-                                       "harder. 0: automatic, 0.25 to 0.35 by the banks connected."),
+                                       "harder. 0: automatic, 0.25 to 0.4 by the banks connected."),
                 io.Float.Input("evidence", default=-1.0, min=-1.0, max=20.0, step=0.1,
                                tooltip="How much the prediction itself counts in P(unsafe | x). 0: not at all (the theorem as printed). "
-                                       "-1: automatic, 3 with a reference bank, else 2."),
+                                       "-1: automatic, 3 with a bank to compare with, 1.5 without."),
                 io.Float.Input("bandwidth", default=0.0, min=0.0, max=100.0, step=0.01,
                                tooltip="Kernel width around each picture, in latent units. 0: automatic."),
                 io.Float.Input("temperature", default=0.0, min=0.0, max=100_000.0, step=0.1,

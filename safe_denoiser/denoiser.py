@@ -19,7 +19,7 @@ from .kernel import Posterior, posterior, rows, squared_distances
 METHODS = ("safe_denoiser", "spell", "official", "official_sd3", "sgf")
 WEIGHTS = ("auto", "evidence", "retain", "gate", "unconditional", "reference", "ratio_beta", "tracked", "triangle", "constant")
 PUSHES = ("guided", "unconditional")
-TUNED = {"evidence": (0.25, 3.0), "retain": (0.35, 2.0), "unconditional": (0.3, 2.0)}  # prior and evidence, see benchmarks/RESULTS.md
+TUNED = {"evidence": (0.25, 3.0), "retain": (0.4, 3.0), "unconditional": (0.3, 1.5)}  # prior and evidence, see benchmarks/RESULTS.md
 PLAIN = (0.25, 0.0)  # the others are there for comparison, as published: no evidence
 PERPLEXITY = 0.2  # share of the bank that the automatic temperature lets weigh, at noise of the bank's own spread
 
@@ -78,17 +78,15 @@ class SafeDenoiser:
         t     = <denoised - E_ref, E_u - E_ref> / |E_u - E_ref|^2
         safe_denoised = denoised + strength r / (1 - r) (E_ref - E_u)
 
-    where E_ref in the last line is the model's own unconditional prediction when that is at hand, else the bank's estimate of it;
     with a retain bank (`weight="retain"`)
 
         logit r = logit(prior) + log p_u(x) - log p_retain(x) + evidence (t - 1/2),   t as above with E_retain
         safe_denoised = denoised + strength r (E_retain - E_u)
 
-    (with guidance: log r = log of that sigmoid without evidence, + evidence (t - 1/2), t also from the unconditional prediction, and
-    the step of the first form); with both banks, the mean of both log r; with neither, but guidance (`weight="unconditional"`),
-    the first form without a density ratio; with nothing at all (`weight="gate"`), a push away from E_u where x looks like a noised
-    bank item. Source: arXiv:2502.08011, Thm 3.2. The evidence term is ours, not the theorem's; with `evidence=0` and exact densities
-    each form that has a bank is exact.
+    with both banks, the first form with the mean of both log r; with neither, but guidance (`weight="unconditional"`), the first form
+    with the unconditional prediction as E_ref and no density ratio; with nothing at all (`weight="gate"`), a push away from E_u where
+    x looks like a noised bank item. Source: arXiv:2502.08011, Thm 3.2. The evidence term is ours, not the theorem's; with `evidence=0`
+    and exact densities each form that has a bank is exact.
 
     Args:
         bank: what must not come out; latents (N, C, *spatial), in the space of `x`.
@@ -213,26 +211,17 @@ class SafeDenoiser:
         prior, evidence = self._tuned(weight)
         reference = self.reference and weight not in ("retain", "unconditional") and self.density(self.reference, p)
         retain = self.retain and weight != "unconditional" and self.density(self.retain, p)
-        empty = p.unconditional if weight in ("evidence", "retain", "unconditional") else None
-        estimates = [methods.log_ratio(unsafe, reference, prior)] if reference else []
-        estimates += [F.logsigmoid(methods.log_odds(unsafe, retain, prior))] if retain else []
-        log_r = torch.stack(estimates).mean(0) if estimates else math.log(prior)
-        others = [reference.mean] if reference else ([retain.mean] if retain else []) + ([] if empty is None else [empty])
-        if evidence:
-            t = torch.stack([methods.projection(p.denoised, unsafe.mean, other) for other in others]).mean(0)
-            if weight == "retain" and empty is None:  # r stays a probability: the prediction counts in its odds
-                log_r = F.logsigmoid(methods.log_odds(unsafe, retain, prior) + evidence * (t - 0.5))
-            else:
-                log_r = log_r + evidence * (t - 0.5)
+        other = p.unconditional if weight == "unconditional" else (reference or retain).mean
+        told = evidence * (methods.projection(p.denoised, unsafe.mean, other) - 0.5) if evidence else 0.0
+        estimates = [methods.log_ratio(unsafe, reference, prior) + told] if reference else []
+        estimates += [F.logsigmoid(methods.log_odds(unsafe, retain, prior) + told)] if retain else []
+        log_r = torch.stack(estimates).mean(0) if estimates else math.log(prior) + told
         ceiling = math.log(self.posterior_max)
         r = log_r.clamp_max(ceiling).exp()
         if weight == "ratio_beta":
             return self._by_beta(p, unsafe, r / (1 - r))
-        if weight == "retain" and empty is None:
-            direction = methods.from_retain(unsafe.mean, retain.mean, r)
-        else:
-            direction = methods.from_reference(unsafe.mean, reference.mean if empty is None else empty, r)
-        return Correction(direction, r, unsafe.weights.argmax(1), log_r > ceiling)
+        direct = methods.from_retain if weight == "retain" else methods.from_reference
+        return Correction(direct(unsafe.mean, other, r), r, unsafe.weights.argmax(1), log_r > ceiling)
 
     def _beta(self, weight: str, p: Prediction, unsafe: Posterior) -> Tensor:
         """tracked, triangle, gate, constant: beta (B,) from the bank alone."""

@@ -158,20 +158,6 @@ def test_the_retain_form_hears_the_prediction_too():
     torch.testing.assert_close(told, plain + 1.0, rtol=1e-3, atol=1e-3)
 
 
-def test_with_the_exact_unconditional_prediction_the_safe_denoiser_is_exact(mixture):
-    """E_ref is the model's own unconditional prediction: given it, a reference bank is needed for r only."""
-    means, weights, spread = mixture
-    unsafe, everything = Bank(means[:2], weights=weights[:2]), Bank(means, weights=weights)
-    x = means[torch.arange(40) % 5] + (spread + 0.5) * torch.randn(40, means.shape[1], dtype=torch.float64)
-    data, _ = mixture_denoiser(x, means, weights, spread, 0.5, 1.0)
-    wanted, _ = mixture_denoiser(x, means[2:], weights[2:], spread, 0.5, 1.0)
-    denoiser = SafeDenoiser(unsafe, reference=everything, prior=0.35, evidence=0.0, bandwidth=spread, temperature=1.0,
-                            posterior_max=1 - 1e-13)
-    got, step = denoiser.safe(x, data, 0.5, 1.0, unconditional=data)
-    reliable = step.posterior < 1 - 1e-9
-    torch.testing.assert_close(got[reliable], wanted[reliable], rtol=1e-5, atol=1e-5)
-
-
 def test_what_needs_an_unconditional_prediction_says_so_at_cfg_1():
     bank, x = Bank(torch.randn(7, 4, 4, 4)), torch.randn(2, 4, 4, 4)
     for settings in (dict(weight="unconditional"), dict(weight="constant", push="unconditional")):
