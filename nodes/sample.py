@@ -130,8 +130,10 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         return call_late(late, seen, denoised, safe_denoised)
 
     wrappers = comfy.patcher_extension.WrappersMP
-    patched.add_wrapper(wrappers.SAMPLER_SAMPLE, sampler_sample)
-    patched.add_wrapper(wrappers.PREDICT_NOISE, predict_noise)
+    patched.add_wrapper_with_key(wrappers.SAMPLER_SAMPLE, KEY, sampler_sample)
+    patched.add_wrapper_with_key(wrappers.PREDICT_NOISE, KEY, predict_noise)
+    predict = patched.wrappers[wrappers.PREDICT_NOISE]  # the first is the outermost: a cache that skips the model must not skip us
+    patched.wrappers[wrappers.PREDICT_NOISE] = {KEY: predict.pop(KEY), **predict}
     return patched, report
 
 
