@@ -147,7 +147,7 @@ def neighbours():
         "Mahiro": ("SD 3", lambda m: mahiro.Mahiro.execute(m).args[0]),
         "TCFG": ("SD 3", lambda m: tcfg.TCFG.execute(m).args[0]),
         "FreSca": ("SD 3", lambda m: fresca.FreSca.execute(m, 1.0, 1.25, 1).args[0]),
-        "EasyCache": ("SD 3", lambda m: cache.EasyCacheNode.execute(m, 3.0, 0.0, 1.0, False).args[0]),
+        "EasyCache": ("Wan 2.1", lambda m: cache.EasyCacheNode.execute(m, 3.0, 0.0, 1.0, False).args[0]),
         "LazyCache": ("SD 3", lambda m: cache.LazyCacheNode.execute(m, 3.0, 0.0, 1.0, False).args[0]),
         "context windows": ("Wan 2.1", lambda m: windows.ContextWindowsManualNode.execute(
             m, 4, 2, "standard_static", 1, False, "pyramid", 2).args[0]),
