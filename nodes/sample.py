@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..safe_denoiser import Bank, Report, SafeDenoiser
 from ..safe_denoiser.denoiser import METHODS, WEIGHTS
 from .bank import require_pictures
+from .fingerprint import fingerprint_prompt
 from .types import CATEGORY, NegationBankType, ReportType
 
 KEY, POST_CFG = "safe_denoiser", "sampler_post_cfg_function"
@@ -46,30 +47,29 @@ def refuse(guider, noise: torch.Tensor) -> None:
                          f"with a bank; the safe denoiser needs a diffusion model, so sample this one without it")
 
 
-def split_late(model_options: dict, guider) -> tuple[dict, list, dict]:
-    """Hold back the post-CFG functions that the running sampler itself added, so that they can be called after the correction.
+def watch(model_options: dict, guider) -> tuple[dict, list, dict]:
+    """Let a post-CFG function note what guidance computed, and hold back those that the running sampler itself added.
 
     CFG++ samplers catch `uncond_denoised` there and step from it: x' = a denoised - b uncond_denoised + c x. They equal their plain
-    namesakes where both predictions are the same, so a correction acts as under plain CFG if, and only if, it moves both.
+    namesakes where both predictions are the same, so a correction acts as under plain CFG if, and only if, it moves both; therefore
+    their functions are called after the correction, see `call_late`.
 
     Returns:
-        model_options without them, the functions, and a dict that will hold what they would have been called with.
+        model_options with the noting function instead, the functions held back, and a dict that will hold the notes.
     """
     functions, own = model_options.get(POST_CFG, []), guider.model_options.get(POST_CFG, [])
     late, seen = [fn for fn in functions if fn not in own], {}
-    if not late:
-        return model_options, late, seen
 
-    def catch(args):
+    def note(args):
         seen.update(args)
         return args["denoised"]
 
-    return {**model_options, POST_CFG: [fn for fn in functions if fn in own] + [catch]}, late, seen
+    return {**model_options, POST_CFG: [fn for fn in functions if fn in own] + [note]}, late, seen
 
 
 def call_late(late: list, seen: dict, denoised: torch.Tensor, safe_denoised: torch.Tensor) -> torch.Tensor:
-    """Call what `split_late` held back, with both predictions moved as `denoised` was."""
-    if not seen:  # a guider that calls no post-CFG function
+    """Call what `watch` held back, with both predictions moved as `denoised` was."""
+    if not late or not seen:  # not CFG++, or a guider that calls no post-CFG function
         return safe_denoised
     if safe_denoised is not denoised:
         shift = safe_denoised - denoised
@@ -77,6 +77,15 @@ def call_late(late: list, seen: dict, denoised: torch.Tensor, safe_denoised: tor
     for fn in late:
         safe_denoised = fn({**seen, "denoised": safe_denoised})
     return safe_denoised
+
+
+def is_reference_prompt(guider, reference: Bank | None) -> bool:
+    """Whether the guider's negative prompt is the one under which the reference bank was sampled, so that the unconditional
+    prediction is E_ref itself. Without a reference bank it is the best there is.
+    """
+    negative = guider.original_conds.get("negative", [])
+    prompt = fingerprint_prompt([(c.get("cross_attn"), c.get("pooled_output")) for c in negative])
+    return reference is None or reference.metadata.get("prompt") == prompt
 
 
 def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, **settings):
@@ -96,7 +105,8 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         sampling, notes = guider.inner_model.model_sampling, []
         moved = {name: to_model(bank, guider.inner_model, noise, bank_size, notes) for name, bank in banks.items()}
         window = {"sigma_start": float(sampling.percent_to_sigma(start)), "sigma_end": float(sampling.percent_to_sigma(end))}
-        run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling, sigmas=sigmas, mask=denoise_mask)
+        run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling, sigmas=sigmas, mask=denoise_mask,
+                   unconditional=is_reference_prompt(guider, banks["reference"]))
         report.steps.clear()
         report.notes[:] = dict.fromkeys(notes)
 
@@ -118,11 +128,13 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         if not run:  # a guider that was called without its sampler
             begin(guider, x)
         mask = mask_at(timestep, model_options, guider)
-        model_options, late, seen = split_late(model_options, guider)
+        model_options, late, seen = watch(model_options, guider)
         shared = model_options.get(KEY, {})  # of several patches on one model, all correct the prediction that the innermost got
         denoised = executor(x, timestep, {**model_options, KEY: shared}, *args, **kwargs)
         raw = shared.setdefault("denoised", denoised)
-        safe_denoised, step = run["denoiser"].safe(x, raw, *forward_process(run["sampling"], timestep, x.ndim), mask)
+        guided = run["unconditional"] and seen.get("uncond") is not None  # at cfg 1 ComfyUI hands over zeros in its place
+        safe_denoised, step = run["denoiser"].safe(x, raw, *forward_process(run["sampling"], timestep, x.ndim), mask,
+                                                   seen["uncond_denoised"] if guided else None)
         if raw is not denoised:
             safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
         if step is not None:
@@ -180,11 +192,12 @@ class ApplySafeDenoiser(io.ComfyNode):
                 method, strength, *rest,
                 io.Combo.Input("weight", options=list(WEIGHTS), default="auto",
                                tooltip="How P(unsafe | x) is found. auto: evidence with a reference bank, retain with a retain bank, else "
-                                       "gate. Only for method safe_denoiser."),
-                io.Float.Input("prior", default=0.3, min=0.001, max=0.999, step=0.001,
+                                       "unconditional (leave the negative prompt empty), else, at cfg 1, gate. The others are for "
+                                       "comparison. Only for method safe_denoiser."),
+                io.Float.Input("prior", default=0.25, min=0.001, max=0.999, step=0.001,
                                tooltip="Share of unsafe pictures among what the model makes by itself, as a probability. Higher steers "
                                        "harder."),
-                io.Float.Input("evidence", default=2.0, min=0.0, max=20.0, step=0.1,
+                io.Float.Input("evidence", default=3.0, min=0.0, max=20.0, step=0.1,
                                tooltip="How much the prediction itself counts in P(unsafe | x). 0: not at all (the theorem as printed)."),
                 io.Float.Input("bandwidth", default=0.0, min=0.0, max=100.0, step=0.01,
                                tooltip="Kernel width around each picture, in latent units. 0: automatic."),

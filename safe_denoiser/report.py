@@ -1,5 +1,6 @@
 """Report: the steps of one run -> table, JSON, plot."""
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -82,7 +83,7 @@ class Report:
         total = np.bincount(v["nearest"].astype(int).ravel(), v["correction"].ravel()) if v["nearest"].size else np.zeros(0)
         return [int(i) for i in np.argsort(-total)[:count] if total[i] > 0]
 
-    def plot(self, width: int = 720, height: int = 400, negation_set: NegationSet | None = None, blurred: bool = True) -> Image.Image:
+    def plot(self, width: int = 720, height: int = 480, negation_set: NegationSet | None = None, blurred: bool = True) -> Image.Image:
         """Two panels over the model calls, one line per picture: posterior r, and the correction relative to the prediction.
 
         Args:
@@ -91,28 +92,32 @@ class Report:
         """
         picture = Image.new("RGB", (width, height), "white")
         draw = ImageDraw.Draw(picture)
-        draw.text((10, 6), self.verdict[: width // 6 - 3], "black")
+        draw.font = ImageFont.load_default(18)
+        draw.text((10, 6), "\n".join(textwrap.wrap(self.verdict, width // 10)[:2]), "black")
         panels = (("posterior", "posterior r", 1.0), ("correction", "|correction| / |denoised|", None))
         for k, (name, title, top) in enumerate(panels):
-            box = (50, 45 + k * (height - 60) // 2, width - 15, 45 + (k + 1) * (height - 60) // 2 - 35)
+            top_edge = 80 + k * (height - 80) // 2
+            box = (70, top_edge, width - 15, top_edge + (height - 80) // 2 - 52)
             self._panel(draw, box, self.values[name], title, top)
         if negation_set is None:
             return picture
         wide = Image.new("RGB", (width + 150, height), "white")
         wide.paste(picture)
         for k, item in enumerate(i for i in self.pushed_most() if i < len(negation_set)):
-            wide.paste(thumbnail(negation_set.readers[item](), 110, blurred), (width + 20, 20 + 125 * k))
-            ImageDraw.Draw(wide).text((width + 20, 7 + 125 * k), negation_set.names[item][:18], "black")
+            wide.paste(thumbnail(negation_set.readers[item](), 110, blurred), (width + 20, 50 + 140 * k))
+            ImageDraw.Draw(wide).text((width + 20, 46 + 140 * k), negation_set.names[item][:16], "black",
+                                      ImageFont.load_default(13), anchor="ld")
+        ImageDraw.Draw(wide).text((width + 20, 6), "pushed most", "black", ImageFont.load_default(18))
         return wide
 
     def _panel(self, draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], values: np.ndarray, title: str, top: float | None):
         left, upper, right, lower = box
         top = top or float(values.max(initial=0)) or 1.0
         draw.rectangle(box, outline="gray")
-        draw.text((left, upper - 14), title, "black")
-        draw.text((6, upper - 4), f"{top:.2g}", "black")
-        draw.text((30, lower - 10), "0", "black")
-        draw.text((right - 60, lower + 4), f"{len(values)} calls", "black")
+        draw.text((left, upper - 4), title, "black", anchor="ld")
+        draw.text((left - 6, upper), f"{top:.2g}", "black", anchor="rm")
+        draw.text((left - 6, lower), "0", "black", anchor="rm")
+        draw.text((right, lower + 4), f"{len(values)} model calls", "black", anchor="ra")
         for row in range(values.shape[1] if values.size else 0):
             points = [(left + (right - left) * (i + 0.5) / len(values), lower - (lower - upper) * min(1.0, value / top))
                       for i, value in enumerate(values[:, row])]

@@ -214,6 +214,6 @@ def test_the_report_node(run, tiny, sample):
     _, report = sample.safe()
     output = run("Report", report=report, negation_set=tiny.negation_set)
     plot, table = output.result
-    assert plot.shape == (1, 400, 870, 3) and "corrected 6 of 6 model calls" in table
+    assert plot.shape == (1, 480, 870, 3) and "corrected 6 of 6 model calls" in table
     assert len(output.ui["images"]) == 1 and output.ui["text"] == (table,)
-    assert run("Report", report=report).result[0].shape == (1, 400, 720, 3)
+    assert run("Report", report=report).result[0].shape == (1, 480, 720, 3)

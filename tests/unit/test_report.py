@@ -34,7 +34,7 @@ def test_no_steps():
     report = Report([])
     assert "no model call was recorded" in report.verdict
     assert json.loads(report.to_json())["summary"]["model_calls"] == 0
-    assert np.asarray(report.plot()).shape == (400, 720, 3)
+    assert np.asarray(report.plot()).shape == (480, 720, 3)
 
 
 def test_json_holds_every_value():
@@ -48,4 +48,4 @@ def test_plot_draws_the_values_and_the_pictures_that_pushed():
     plain, empty = np.asarray(report.plot()), np.asarray(Report([]).plot())
     assert (plain != empty).any()
     with_pictures = np.asarray(report.plot(negation_set=NegationSet.from_images(torch.rand(3, 8, 8, 3))))
-    assert with_pictures.shape == (400, 870, 3) and (with_pictures[20:130, 740:850] != 255).any()
+    assert with_pictures.shape == (480, 870, 3) and (with_pictures[20:130, 740:850] != 255).any()
