@@ -60,11 +60,18 @@ def check(run, name, model, tiny, kind="CFGGuider", changed=lambda model: model,
     from pack.safe_denoiser import Bank, SafeDenoiser
 
     shape, prompts, negation, reference = setting(name, model, tiny)
-    inner = []
+    inner, negative = [], []
 
     def record(executor, x, timestep, *args, **kwargs):
-        inner.append((x.clone(), timestep.clone(), executor(x, timestep, *args, **kwargs).clone()))
-        return inner[-1][2].clone()
+        negative.clear()
+        denoised = executor(x, timestep, *args, **kwargs)
+        inner.append((x.clone(), timestep.clone(), denoised.clone(), negative[0] if negative else None))
+        return denoised
+
+    def note(args):  # the negative prompt of the SD 3 setting is that of its reference bank, so it is E_ref where it is predicted
+        if args["uncond"] is not None and name == "SD 3" and kind != "DualCFGGuider nested":
+            negative.append(args["uncond_denoised"].clone())
+        return args["denoised"]
 
     banks = dict(negation_bank=negation, reference_bank=reference)
     _, stock = sample(guided(kind, changed(model), prompts), shape)
@@ -80,6 +87,7 @@ def check(run, name, model, tiny, kind="CFGGuider", changed=lambda model: model,
         first = next(iter(wrappers))
         assert first == "safe_denoiser", "the outermost of all"
         on.wrappers[comfy.patcher_extension.WrappersMP.PREDICT_NOISE] = {first: wrappers.pop(first), "record": [record], **wrappers}
+        on.set_model_sampler_post_cfg_function(note)
         inner.clear()
         predictions, result = sample(guided(kind, on, prompts), shape)
         assert len(report.steps) == calls and report.summary["corrected_calls"] == calls and not report.summary["fallbacks"]
@@ -88,8 +96,9 @@ def check(run, name, model, tiny, kind="CFGGuider", changed=lambda model: model,
         moved = [Bank(model.model.process_latent_in(y) if negation.metadata.get("space") == "vae" else y) for y in latents]
         denoiser = SafeDenoiser(moved[0], reference=moved[1])
         assert len(inner) == len(predictions)
-        for (x, sigma, denoised), used in zip(inner, predictions):
-            wanted, _ = denoiser.safe(x, denoised, *forward_process(sampling, sigma, x.ndim))
+        assert (inner[0][3] is not None) == (name == "SD 3" and kind not in ("CFGGuider, cfg 1", "BasicGuider", "DualCFGGuider nested"))
+        for (x, sigma, denoised, unconditional), used in zip(inner, predictions):
+            wanted, _ = denoiser.safe(x, denoised, *forward_process(sampling, sigma, x.ndim), unconditional=unconditional)
             torch.testing.assert_close(used, wanted, rtol=1e-5, atol=1e-5)
         assert not torch.equal(predictions[0], inner[0][2])
         assert torch.isfinite(result).all() and not torch.equal(result, stock)

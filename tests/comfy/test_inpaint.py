@@ -15,22 +15,28 @@ def picture(tiny):
 
 @pytest.fixture
 def traced(tiny, run):
-    """Sample with the patch and note what went in and out of each correction: rows of (x, sigma, before, after)."""
+    """Sample with the patch and note what went in and out of each correction: rows of [x, sigma, before, unconditional, after]."""
     def sample(latent, model=None, steps=5, denoise=1.0, sampler="euler", **settings):
         import comfy.patcher_extension
         import comfy.sample
 
-        rows = []
+        rows, unconditional = [], []
 
         def record(executor, x, timestep, *args, **kwargs):
-            rows.append([x.clone(), timestep.clone(), executor(x, timestep, *args, **kwargs)])
-            return rows[-1][2].clone()
+            denoised = executor(x, timestep, *args, **kwargs)
+            rows.append([x.clone(), timestep.clone(), denoised.clone(), unconditional.pop()])
+            return denoised
+
+        def note(args):
+            unconditional.append(args["uncond_denoised"].clone())
+            return args["denoised"]
 
         def callback(step, x0, x, total):
             rows[-1].append(x0.clone())
 
         patched, report = run("Apply", model=model or tiny.model, negation_bank=tiny.bank, reference_bank=tiny.reference, **settings).result
         patched.add_wrapper(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, record)
+        patched.set_model_sampler_post_cfg_function(note)
         noise = comfy.sample.prepare_noise(latent["samples"], 3)
         result = comfy.sample.sample(patched, noise, steps, 2.0, sampler, "simple", tiny.straight, tiny.empty, latent["samples"],
                                      denoise=denoise, noise_mask=latent.get("noise_mask"), seed=3, disable_pbar=True, callback=callback)
@@ -49,9 +55,9 @@ def core(tiny, pack):
 
 def expected(core, rows, latent, mask_at):
     """Compare what each step used with the core's answer inside that step's mask, blended with the given latent as ComfyUI does."""
-    for x, sigma, before, after in rows:
+    for x, sigma, before, unconditional, after in rows:
         mask = mask_at(float(sigma[0])).expand_as(x)
-        safe, _ = core.safe(x, before, sigma, 1 - sigma, mask)
+        safe, _ = core.safe(x, before, sigma, 1 - sigma, mask, unconditional)
         torch.testing.assert_close(after, safe * mask + latent * (1 - mask), rtol=1e-4, atol=1e-4)
 
 
@@ -100,9 +106,9 @@ def test_inside_a_noise_mask_only(comfy, tiny, traced, core, picture, sampler):
     expected(core, rows, given, lambda sigma: mask)
     torch.testing.assert_close(result[..., 2:], picture["samples"][..., 2:], rtol=1e-4, atol=1e-4)
     assert report.summary["corrected_calls"] == 5 and not report.summary["fallbacks"]
-    x, sigma, before, after = rows[1]
-    inside, _ = core.safe(x, before, sigma, 1 - sigma, mask)
-    whole, _ = core.safe(x, before, sigma, 1 - sigma)
+    x, sigma, before, unconditional, _ = rows[1]
+    inside, _ = core.safe(x, before, sigma, 1 - sigma, mask, unconditional)
+    whole, _ = core.safe(x, before, sigma, 1 - sigma, None, unconditional)
     assert (inside - whole)[..., :2].norm() > 1e-3 * (inside - before).norm(), "the whole picture would have been judged differently"
 
 
