@@ -138,7 +138,12 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         model_options, late, seen = watch(model_options, guider)
         shared = model_options.get(KEY, {})  # of several patches on one model, all correct the prediction that the innermost got
         denoised = executor(x, timestep, {**model_options, KEY: shared}, *args, **kwargs)
-        raw, unconditional = shared.setdefault("predictions", (denoised, negative_prediction(guider, seen)))
+        unconditional = negative_prediction(guider, seen)
+        if unconditional is not None:
+            run["offset"] = unconditional - x
+        elif not seen and "offset" in run:  # a cache skipped the model: go on as LazyCache does, with the offset of the latest call
+            unconditional = x + run["offset"]
+        raw, unconditional = shared.setdefault("predictions", (denoised, unconditional))
         safe_denoised, step = run["denoiser"].safe(x, raw, *forward_process(run["sampling"], timestep, x.ndim), mask,
                                                    unconditional if run["unconditional"] else None)
         if raw is not denoised:

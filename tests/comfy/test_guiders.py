@@ -60,12 +60,14 @@ def check(run, name, model, tiny, kind="CFGGuider", changed=lambda model: model,
     from pack.safe_denoiser import Bank, SafeDenoiser
 
     shape, prompts, negation, reference = setting(name, model, tiny)
-    inner, negative = [], []
+    inner, negative, offset = [], [], []
 
     def record(executor, x, timestep, *args, **kwargs):
         negative.clear()
         denoised = executor(x, timestep, *args, **kwargs)
-        inner.append((x.clone(), timestep.clone(), denoised.clone(), negative[0] if negative else None))
+        if negative:
+            offset[:] = [negative[0] - x]
+        inner.append((x.clone(), timestep.clone(), denoised.clone(), x + offset[0] if offset else None))
         return denoised
 
     def note(args):  # the negative prompt of the SD 3 setting is that of its reference bank, so it is E_ref where it is predicted
@@ -88,7 +90,7 @@ def check(run, name, model, tiny, kind="CFGGuider", changed=lambda model: model,
         assert first == "safe_denoiser", "the outermost of all"
         on.wrappers[comfy.patcher_extension.WrappersMP.PREDICT_NOISE] = {first: wrappers.pop(first), "record": [record], **wrappers}
         on.set_model_sampler_post_cfg_function(note)
-        inner.clear()
+        inner.clear(), offset.clear()
         predictions, result = sample(guided(kind, on, prompts), shape)
         assert len(report.steps) == calls and report.summary["corrected_calls"] == calls and not report.summary["fallbacks"]
         sampling = on.get_model_object("model_sampling")
@@ -204,12 +206,14 @@ def test_a_lora_hook_on_one_prompt(models, tiny, run, matrix):
     matrix.name, matrix.outcome = "neighbour: LoRA hook on a prompt", "pass (SD 3)"
 
 
-def test_two_banks_add_up_in_either_order(models, tiny, run, matrix):
-    """Two Apply nodes correct the same prediction, so their corrections add; under CFG++ too."""
+@pytest.mark.parametrize("banks", ["a reference bank", "nothing"])
+def test_two_banks_add_up_in_either_order(banks, models, tiny, run, matrix):
+    """Two Apply nodes correct the same prediction, so their corrections add; under CFG++ too, and where both hear the unconditional one."""
     import dataclasses
 
     model = models["SD 3"]
     shape, prompts, negation, reference = setting("SD 3", model, tiny)
+    other = dict(reference_bank=reference) if banks == "a reference bank" else {}
     halves = [dataclasses.replace(negation, latents=negation.latents[part], names=()) for part in (slice(0, 20), slice(20, 40))]
     first = {}
     for sampler in ("euler", "euler_cfg_pp", "dpmpp_2m_cfg_pp"):
@@ -217,17 +221,17 @@ def test_two_banks_add_up_in_either_order(models, tiny, run, matrix):
         for order in (halves, halves[::-1]):
             patched = model
             for bank in order:
-                patched, report = run("Apply", model=patched, negation_bank=bank, reference_bank=reference, strength=0.5).result
+                patched, report = run("Apply", model=patched, negation_bank=bank, strength=0.5, **other).result
             predictions, result = sample(guided("CFGGuider", patched, prompts), shape, sampler=sampler)
             results.append(result)
             assert len(report.steps) == 4
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
         first[sampler] = predictions[0]
-    alone = [sample(guided("CFGGuider", run("Apply", model=model, negation_bank=bank, reference_bank=reference, strength=0.5).result[0],
-                           prompts), shape)[0][0] for bank in halves]
+    alone = [sample(guided("CFGGuider", run("Apply", model=model, negation_bank=bank, strength=0.5, **other).result[0], prompts),
+                    shape)[0][0] for bank in halves]
     stock = sample(guided("CFGGuider", model, prompts), shape)[0][0]
     torch.testing.assert_close(first["euler"] - stock, alone[0] + alone[1] - 2 * stock, rtol=1e-4, atol=1e-4)
-    matrix.name, matrix.outcome = "neighbour: two Apply nodes", "pass (SD 3, either order)"
+    matrix.name, matrix.outcome = "neighbour: two Apply nodes", f"pass (SD 3, either order, {banks} beside)"
 
 
 def test_patched_and_unpatched_in_turn(models, tiny, run):
