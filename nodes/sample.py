@@ -1,5 +1,4 @@
 """Apply Safe Denoiser and Safe KSampler: the only place where the core meets the sampling loop."""
-import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.samplers
 import nodes as comfy_nodes
@@ -42,7 +41,7 @@ def to_model(bank: Bank | None, model, like: torch.Tensor, bank_size: str, notes
 def refuse(guider, noise: torch.Tensor) -> None:
     """Raise where there is no picture to steer: not a picture, or not a diffusion of one."""
     require_pictures(noise, guider.inner_model.latent_format)
-    if isinstance(guider.inner_model.model_sampling, comfy.model_sampling.IMG_TO_IMG):
+    if any(base.__name__.startswith("IMG_TO_IMG") for base in type(guider.inner_model.model_sampling).__mro__):
         raise ValueError(f"{type(guider.inner_model).__name__} maps one picture to another and has no noise level at which to compare it "
                          f"with a bank; the safe denoiser needs a diffusion model, so sample this one without it")
 
@@ -77,6 +76,14 @@ def call_late(late: list, seen: dict, denoised: torch.Tensor, safe_denoised: tor
     for fn in late:
         safe_denoised = fn({**seen, "denoised": safe_denoised})
     return safe_denoised
+
+
+def negative_prediction(guider, seen: dict) -> torch.Tensor | None:
+    """The prediction under the guider's negative prompt, or None: at cfg 1 ComfyUI hands over zeros in its place, a nested
+    DualCFGGuider that of its middle prompt, and a cache that skips the model nothing.
+    """
+    uncond = seen.get("uncond")
+    return seen["uncond_denoised"] if uncond is not None and uncond is guider.conds.get("negative") else None
 
 
 def is_reference_prompt(guider, reference: Bank | None) -> bool:
@@ -131,10 +138,14 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         model_options, late, seen = watch(model_options, guider)
         shared = model_options.get(KEY, {})  # of several patches on one model, all correct the prediction that the innermost got
         denoised = executor(x, timestep, {**model_options, KEY: shared}, *args, **kwargs)
-        raw = shared.setdefault("denoised", denoised)
-        guided = run["unconditional"] and seen.get("uncond") is not None  # at cfg 1 ComfyUI hands over zeros in its place
+        unconditional = negative_prediction(guider, seen)
+        if unconditional is not None:
+            run["offset"] = unconditional - x
+        elif not seen and "offset" in run:  # a cache skipped the model: go on as LazyCache does, with the offset of the latest call
+            unconditional = x + run["offset"]
+        raw, unconditional = shared.setdefault("predictions", (denoised, unconditional))
         safe_denoised, step = run["denoiser"].safe(x, raw, *forward_process(run["sampling"], timestep, x.ndim), mask,
-                                                   seen["uncond_denoised"] if guided else None)
+                                                   unconditional if run["unconditional"] else None)
         if raw is not denoised:
             safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
         if step is not None:
@@ -142,8 +153,10 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         return call_late(late, seen, denoised, safe_denoised)
 
     wrappers = comfy.patcher_extension.WrappersMP
-    patched.add_wrapper(wrappers.SAMPLER_SAMPLE, sampler_sample)
-    patched.add_wrapper(wrappers.PREDICT_NOISE, predict_noise)
+    patched.add_wrapper_with_key(wrappers.SAMPLER_SAMPLE, KEY, sampler_sample)
+    patched.add_wrapper_with_key(wrappers.PREDICT_NOISE, KEY, predict_noise)
+    predict = patched.wrappers[wrappers.PREDICT_NOISE]  # the first is the outermost: a cache that skips the model must not skip us
+    patched.wrappers[wrappers.PREDICT_NOISE] = {KEY: predict.pop(KEY), **predict}
     return patched, report
 
 

@@ -97,7 +97,7 @@ def test_a_constant_correction_weighs_what_plain_cfg_gives_it(sampler, sd15, ban
     ratio = float(sigmas[5] / sigmas[0]) ** (2 if "ancestral" in sampler else 1)
     c = 0.3 * (single["retain_bank"].latents - single["negation_bank"].latents)  # r is the prior where the temperature is high
     patched, _ = run("Apply", model=model, negation_bank=single["negation_bank"], retain_bank=single["retain_bank"], weight="retain",
-                     prior=0.3, bandwidth=1e-3, temperature=100_000.0).result
+                     prior=0.3, evidence=0.0, bandwidth=1e-3, temperature=100_000.0).result
     effect = sample_eps(patched, sampler, 3.0) - sample_eps(model, sampler, 3.0)
     torch.testing.assert_close(effect, ((1 - ratio) * c).expand_as(effect), rtol=1e-2, atol=1e-2)
 
@@ -115,8 +115,8 @@ def test_the_same_for_flow_models(sampler, comfy, run, pack):
     sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "simple", 8)
     level = (sigmas / (1 - sigmas))[[1, 5]].double()
     ratio = float(level[1] / level[0]) ** (2 if "ancestral" in sampler else 1)
-    patched, _ = run("Apply", model=model, negation_bank=unsafe, retain_bank=retain, weight="retain", prior=0.3, bandwidth=1e-3,
-                     temperature=100_000.0).result
+    patched, _ = run("Apply", model=model, negation_bank=unsafe, retain_bank=retain, weight="retain", prior=0.3, evidence=0.0,
+                     bandwidth=1e-3, temperature=100_000.0).result
     noise, prompt = torch.randn(1, *family.latent, generator=torch.Generator().manual_seed(3)), conditioning(family, 1)
     safe, stock = (model.model.process_latent_in(comfy.sample.sample(
         m, noise, 8, 3.0, sampler, "simple", prompt, prompt, torch.zeros_like(noise), start_step=1, last_step=5, seed=4,
@@ -135,7 +135,7 @@ def test_where_both_prompts_are_one_a_cfg_pp_sampler_is_its_plain_namesake(sampl
     for model in (sd15, patched):
         plus, plain = (sample_eps(model, name, 3.0, negative=1) for name in (sampler, sampler.removesuffix("_cfg_pp")))
         assert (plus - plain).norm() <= 1e-4 * plain.norm()
-    assert (sample_eps(sd15, sampler, 3.0, negative=1) - plus).norm() > 1e-3 * plus.norm()
+    assert (sample_eps(sd15, sampler, 3.0, negative=1) - plus).norm() > 3e-4 * plus.norm()
 
 
 def test_the_alternative_euler_cfg_pp(sd15, banks, run):
@@ -147,8 +147,8 @@ def test_the_alternative_euler_cfg_pp(sd15, banks, run):
     model, family = constant(sd15), FAMILIES["SD 1.5"]
     sigmas = comfy.samplers.calculate_sigmas(sd15.model.model_sampling, "karras", 8)[:6]
     unsafe, retain = (type(bank)(bank.latents[:1]) for bank in (banks["negation_bank"], banks["retain_bank"]))
-    patched, report = run("Apply", model=model, negation_bank=unsafe, retain_bank=retain, weight="retain", prior=0.3, bandwidth=1e-3,
-                          temperature=100_000.0).result
+    patched, report = run("Apply", model=model, negation_bank=unsafe, retain_bank=retain, weight="retain", prior=0.3,
+                          evidence=0.0, bandwidth=1e-3, temperature=100_000.0).result
     sampler = SamplerEulerCFGpp.execute("alternative").args[0]
 
     def custom(model):
