@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..safe_denoiser import Bank, load_bank, save_bank
 from . import folders
 from .bank import require_pictures
-from .fingerprint import fingerprint, fingerprint_prompt, fingerprint_weights
+from .fingerprint import fingerprint, fingerprint_weights
 from .types import CATEGORY, NegationBankType
 
 
@@ -27,8 +27,7 @@ def sample_bank(model, conditioning, shape, count, seed, steps, sampler_name, sc
         noise = torch.randn(empty.shape, generator=generator)
         latents.append(comfy.sample.sample(model, noise, steps, 1.0, sampler_name, scheduler, conditioning, conditioning, empty,
                                            callback=after_step, disable_pbar=True, seed=seed + start).cpu())
-    prompt = fingerprint_prompt([(context, extra.get("pooled_output")) for context, extra in conditioning])
-    return Bank(torch.cat(latents), metadata={"space": "vae", "source": "reference samples", "prompt": prompt})
+    return Bank(torch.cat(latents), metadata={"space": "vae", "source": "reference samples"})
 
 
 class SampleReferenceBank(io.ComfyNode):

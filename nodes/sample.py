@@ -8,7 +8,6 @@ from comfy_api.latest import io
 from ..safe_denoiser import Bank, Report, SafeDenoiser
 from ..safe_denoiser.denoiser import METHODS, WEIGHTS
 from .bank import require_pictures
-from .fingerprint import fingerprint_prompt
 from .types import CATEGORY, NegationBankType, ReportType
 
 KEY, POST_CFG = "safe_denoiser", "sampler_post_cfg_function"
@@ -86,15 +85,6 @@ def negative_prediction(guider, seen: dict) -> torch.Tensor | None:
     return seen["uncond_denoised"] if uncond is not None and uncond is guider.conds.get("negative") else None
 
 
-def is_reference_prompt(guider, reference: Bank | None) -> bool:
-    """Whether the guider's negative prompt is the one under which the reference bank was sampled, so that the unconditional
-    prediction is E_ref itself. Without a reference bank it is the best there is.
-    """
-    negative = guider.original_conds.get("negative", [])
-    prompt = fingerprint_prompt([(c.get("cross_attn"), c.get("pooled_output")) for c in negative])
-    return reference is None or reference.metadata.get("prompt") == prompt
-
-
 def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, **settings):
     """A clone of `model` that samples away from the bank, and the Report that its latest run fills.
 
@@ -112,8 +102,7 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         sampling, notes = guider.inner_model.model_sampling, []
         moved = {name: to_model(bank, guider.inner_model, noise, bank_size, notes) for name, bank in banks.items()}
         window = {"sigma_start": float(sampling.percent_to_sigma(start)), "sigma_end": float(sampling.percent_to_sigma(end))}
-        run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling, sigmas=sigmas, mask=denoise_mask,
-                   unconditional=is_reference_prompt(guider, banks["reference"]))
+        run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling, sigmas=sigmas, mask=denoise_mask)
         report.steps.clear()
         report.notes[:] = dict.fromkeys(notes)
 
@@ -145,7 +134,7 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
             unconditional = x + run["offset"]
         raw, unconditional = shared.setdefault("predictions", (denoised, unconditional))
         safe_denoised, step = run["denoiser"].safe(x, raw, *forward_process(run["sampling"], timestep, x.ndim), mask,
-                                                   unconditional if run["unconditional"] else None)
+                                                   unconditional)
         if raw is not denoised:
             safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
         if step is not None:
