@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..safe_denoiser import Bank, Report, SafeDenoiser
 from ..safe_denoiser.denoiser import METHODS, WEIGHTS
+from .live import Live
 from .types import CATEGORY, NegationBankType, ReportType
 
 KEY = "safe_denoiser"
@@ -53,7 +54,7 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         sampling, notes = guider.inner_model.model_sampling, []
         moved = {name: to_model(bank, guider.inner_model, noise, bank_size, notes) for name, bank in banks.items()}
         window = {"sigma_start": float(sampling.percent_to_sigma(start)), "sigma_end": float(sampling.percent_to_sigma(end))}
-        run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling)
+        run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling, live=Live())
         report.steps.clear()
         report.notes[:] = dict.fromkeys(notes)
 
@@ -62,6 +63,7 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         try:
             return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
         finally:
+            run["live"].end(report)
             run.clear()  # frees the device's copy of the banks
 
     def predict_noise(executor, x, timestep, *args, **kwargs):
@@ -71,6 +73,7 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         safe_denoised, step = run["denoiser"].safe(x, denoised, *forward_process(run["sampling"], timestep, x.ndim))
         if step is not None:
             report.steps.append(step)
+            run["live"].show(report.steps)
         return safe_denoised
 
     wrappers = comfy.patcher_extension.WrappersMP
