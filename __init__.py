@@ -1,6 +1,6 @@
 """ComfyUI Safe Denoiser: sampling away from a folder of pictures, with no training (arXiv:2502.08011)."""
 
-WEB_DIRECTORY = "./web"  # the help pages; there is no code in it
+WEB_DIRECTORY = "./web"  # the help pages, and one small script
 
 
 async def comfy_entrypoint():
