@@ -5,7 +5,7 @@ from pathlib import Path
 import folder_paths
 
 from ..safe_denoiser import NegationSet, load_bank
-from ..safe_denoiser.negation_set import EXTENSIONS
+from ..safe_denoiser.pictures import EXTENSIONS
 
 PACKED = {".zip", ".safetensors"}
 SETS, BANKS = "negation_sets", "negation_banks"

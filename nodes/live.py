@@ -28,5 +28,5 @@ class Live:
             self.send(live(steps[-2], len(steps) - 1))
 
     def end(self, report: Report) -> None:
-        """Leave the verdict on the node."""
-        self.send(Report(list(report.steps)).verdict if report.steps else "off: strength is 0")
+        """Leave the verdict on the node, in lines as short as its text is wide."""
+        self.send(Report(list(report.steps)).verdict.replace(", ", "\n", 1) if report.steps else "off: strength is 0")

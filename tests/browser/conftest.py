@@ -16,14 +16,15 @@ READY = "!!(window.app?.graph && window.LiteGraph?.registered_node_types?.SafeDe
 BROWSER = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with Server(os.environ["SAFE_DENOISER_COMFYUI"], tmp_path_factory.mktemp("server")) as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
+    """Ends with its module: while it lives, its event loop runs in this thread, where other tests start their own."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

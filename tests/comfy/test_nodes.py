@@ -127,7 +127,7 @@ def test_the_sampling_node_tells_how_it_goes(run, tiny, sample, monkeypatch):
     with CurrentNodeContext("prompt", "7"):
         _, report = sample.safe()
         assert {node for node, _ in sent} == {"7"}
-        assert [text.partition(":")[0] for _, text in sent] == [f"call {i}" for i in range(1, 6)] + [report.verdict]
+        assert [text.partition(":")[0] for _, text in sent] == [f"call {i}" for i in range(1, 6)] + [report.verdict.replace(", ", "\n", 1)]
         assert sent[0][1] == f"call 1: r {report.values['posterior'][0].max():.2f}, correction {report.values['correction'][0].max():.1%}"
         sent.clear()
         sample.safe(settings=dict(strength=0.0))
