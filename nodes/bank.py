@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import comfy.latent_formats
 import comfy.model_management
 import comfy.utils
 import folder_paths
@@ -17,6 +18,17 @@ from .types import CATEGORY, NegationBankType, NegationSetType
 DECODABLE = "The latents of a bank can be decoded back into pictures: share one as you would share the pictures."
 
 
+def require_pictures(samples, latent_format=None) -> None:
+    """Raise where latents are not those of pictures (4-D) or videos (5-D).
+
+    Raises:
+        ValueError: audio and 3-D shapes, which are told by their latents, or by their format where they look like pictures.
+    """
+    if samples.ndim < 4 or isinstance(latent_format, comfy.latent_formats.ACEAudio):
+        raise ValueError(f"latent is {tuple(samples.shape)}, which is audio or a 3-D shape; the safe denoiser needs image (4-D) or video "
+                         f"(5-D) latents, so sample this model without it")
+
+
 def image_size(latent, vae) -> tuple[int, int]:
     """(height, width) in pixels of what a latent decodes to.
 
@@ -24,8 +36,7 @@ def image_size(latent, vae) -> tuple[int, int]:
         ValueError: audio latents.
     """
     samples = latent["samples"]
-    if samples.ndim < 4:
-        raise ValueError(f"latent is {tuple(samples.shape)}, which is audio; the safe denoiser needs image (4-D) or video (5-D) latents")
+    require_pictures(samples)
     scale = vae.spacial_compression_encode()
     return samples.shape[-2] * scale, samples.shape[-1] * scale
 

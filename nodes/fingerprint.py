@@ -36,3 +36,10 @@ def fingerprint_weights(patcher) -> str:
     weights = patcher.model.state_dict()
     weights.update({key: backup.weight for key, backup in patcher.backup.items()})  # patched in place: what was there before
     return fingerprint(type(patcher.model).__name__, weights, patcher.patches)
+
+
+def fingerprint_prompt(parts: list[tuple[torch.Tensor | None, torch.Tensor | None]]) -> str:
+    """Hash of a prompt from the (context, pooled) tensors of its conditioning; "zeros" for one of zeros only, of whatever size."""
+    if not any(tensor is not None and bool(tensor.any()) for part in parts for tensor in part):
+        return "zeros" if parts else "none"
+    return fingerprint(parts)

@@ -8,7 +8,8 @@ from comfy_api.latest import io
 
 from ..safe_denoiser import Bank, load_bank, save_bank
 from . import folders
-from .fingerprint import fingerprint, fingerprint_weights
+from .bank import require_pictures
+from .fingerprint import fingerprint, fingerprint_prompt, fingerprint_weights
 from .types import CATEGORY, NegationBankType
 
 
@@ -26,7 +27,8 @@ def sample_bank(model, conditioning, shape, count, seed, steps, sampler_name, sc
         noise = torch.randn(empty.shape, generator=generator)
         latents.append(comfy.sample.sample(model, noise, steps, 1.0, sampler_name, scheduler, conditioning, conditioning, empty,
                                            callback=after_step, disable_pbar=True, seed=seed + start).cpu())
-    return Bank(torch.cat(latents), metadata={"space": "vae", "source": "reference samples", "steps": str(steps)})
+    prompt = fingerprint_prompt([(context, extra.get("pooled_output")) for context, extra in conditioning])
+    return Bank(torch.cat(latents), metadata={"space": "vae", "source": "reference samples", "prompt": prompt})
 
 
 class SampleReferenceBank(io.ComfyNode):
@@ -59,8 +61,7 @@ class SampleReferenceBank(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent, conditioning, count, seed, steps, sampler_name, scheduler, batch_size) -> io.NodeOutput:
         samples = latent["samples"]
-        if samples.ndim < 4:
-            raise ValueError(f"latent is {tuple(samples.shape)}, which is audio; the safe denoiser needs image or video latents")
+        require_pictures(samples, model.get_model_object("latent_format"))
         shape = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1])).shape[1:]
         settings = (shape, count, seed, steps, sampler_name, scheduler, batch_size)
         path = folders.cache("reference") / f"{fingerprint(fingerprint_weights(model), conditioning, *settings)}.safetensors"

@@ -7,10 +7,12 @@ from comfy_api.latest import io
 
 from ..safe_denoiser import Bank, Report, SafeDenoiser
 from ..safe_denoiser.denoiser import METHODS, WEIGHTS
+from .bank import require_pictures
+from .fingerprint import fingerprint_prompt
 from .live import Live
 from .types import CATEGORY, NegationBankType, ReportType
 
-KEY = "safe_denoiser"
+KEY, POST_CFG = "safe_denoiser", "sampler_post_cfg_function"
 
 
 def forward_process(model_sampling, sigma: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,13 +28,72 @@ def to_model(bank: Bank | None, model, like: torch.Tensor, bank_size: str, notes
     if bank is None:
         return None
     latents = bank.latents.to(like.device, torch.float32)
-    if bank.metadata.get("space") == "vae":
+    if model.latent_format.latent_dimensions == 3 and latents.ndim == 4:
+        latents = latents.unsqueeze(2)  # pictures are one frame long where the model's latents have frames
+    if bank.metadata.get("space") == "vae" and latents.shape[1] == like.shape[1]:  # of another model: the size check says it better
         latents = model.process_latent_in(latents)
     bank = Bank(latents, bank.names, bank.metadata, None if bank.weights is None else bank.weights.to(like.device))
     if bank_size == "interpolate" and bank.latents.shape[-2:] != like.shape[-2:]:
         notes.append(f"bank resized from {tuple(bank.latents.shape[1:])} to the sampler's {tuple(like.shape[1:])}")
         bank = bank.resized(like.shape[-2:])
     return bank
+
+
+def refuse(guider, noise: torch.Tensor) -> None:
+    """Raise where there is no picture to steer: not a picture, or not a diffusion of one."""
+    require_pictures(noise, guider.inner_model.latent_format)
+    if any(base.__name__.startswith("IMG_TO_IMG") for base in type(guider.inner_model.model_sampling).__mro__):
+        raise ValueError(f"{type(guider.inner_model).__name__} maps one picture to another and has no noise level at which to compare it "
+                         f"with a bank; the safe denoiser needs a diffusion model, so sample this one without it")
+
+
+def watch(model_options: dict, guider) -> tuple[dict, list, dict]:
+    """Let a post-CFG function note what guidance computed, and hold back those that the running sampler itself added.
+
+    CFG++ samplers catch `uncond_denoised` there and step from it: x' = a denoised - b uncond_denoised + c x. They equal their plain
+    namesakes where both predictions are the same, so a correction acts as under plain CFG if, and only if, it moves both; therefore
+    their functions are called after the correction, see `call_late`.
+
+    Returns:
+        model_options with the noting function instead, the functions held back, and a dict that will hold the notes.
+    """
+    functions, own = model_options.get(POST_CFG, []), guider.model_options.get(POST_CFG, [])
+    late, seen = [fn for fn in functions if fn not in own], {}
+
+    def note(args):
+        seen.update(args)
+        return args["denoised"]
+
+    return {**model_options, POST_CFG: [fn for fn in functions if fn in own] + [note]}, late, seen
+
+
+def call_late(late: list, seen: dict, denoised: torch.Tensor, safe_denoised: torch.Tensor) -> torch.Tensor:
+    """Call what `watch` held back, with both predictions moved as `denoised` was."""
+    if not late or not seen:  # not CFG++, or a guider that calls no post-CFG function
+        return safe_denoised
+    if safe_denoised is not denoised:
+        shift = safe_denoised - denoised
+        seen = seen | {key: seen[key] + shift for key in ("cond_denoised", "uncond_denoised")}
+    for fn in late:
+        safe_denoised = fn({**seen, "denoised": safe_denoised})
+    return safe_denoised
+
+
+def negative_prediction(guider, seen: dict) -> torch.Tensor | None:
+    """The prediction under the guider's negative prompt, or None: at cfg 1 ComfyUI hands over zeros in its place, a nested
+    DualCFGGuider that of its middle prompt, and a cache that skips the model nothing.
+    """
+    uncond = seen.get("uncond")
+    return seen["uncond_denoised"] if uncond is not None and uncond is guider.conds.get("negative") else None
+
+
+def is_reference_prompt(guider, reference: Bank | None) -> bool:
+    """Whether the guider's negative prompt is the one under which the reference bank was sampled, so that the unconditional
+    prediction is E_ref itself. Without a reference bank it is the best there is.
+    """
+    negative = guider.original_conds.get("negative", [])
+    prompt = fingerprint_prompt([(c.get("cross_attn"), c.get("pooled_output")) for c in negative])
+    return reference is None or reference.metadata.get("prompt") == prompt
 
 
 def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, **settings):
@@ -47,38 +108,58 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
     SafeDenoiser(**banks, **settings)  # says at once what is wrong with them
     patched, report, run = model.clone(), Report([], []), {}
 
-    def begin(guider, noise):
-        if noise.ndim < 4:
-            raise ValueError(f"the sampler runs at {tuple(noise.shape[1:])}, which is audio; the safe denoiser needs image or video "
-                             f"latents")
+    def begin(guider, noise, sigmas=None, denoise_mask=None):
+        refuse(guider, noise)
         sampling, notes = guider.inner_model.model_sampling, []
         moved = {name: to_model(bank, guider.inner_model, noise, bank_size, notes) for name, bank in banks.items()}
         window = {"sigma_start": float(sampling.percent_to_sigma(start)), "sigma_end": float(sampling.percent_to_sigma(end))}
-        run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling, live=Live())
+        run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling, live=Live(), sigmas=sigmas, mask=denoise_mask,
+                   unconditional=is_reference_prompt(guider, banks["reference"]))
         report.steps.clear()
         report.notes[:] = dict.fromkeys(notes)
 
-    def sampler_sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
-        begin(guider, noise)
+    def mask_at(timestep, model_options, guider):
+        change = model_options.get("denoise_mask_function")  # Differential Diffusion: another mask at each step
+        if run["mask"] is None or change is None:
+            return run["mask"]
+        return change(timestep, run["mask"], extra_options={"model": guider, "sigmas": run["sigmas"]})
+
+    def sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs):
+        begin(guider, noise, sigmas, denoise_mask)
         try:
-            return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+            return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
         finally:
             run["live"].end(report)
             run.clear()  # frees the device's copy of the banks
 
-    def predict_noise(executor, x, timestep, *args, **kwargs):
-        denoised = executor(x, timestep, *args, **kwargs)
+    def predict_noise(executor, x, timestep, model_options, *args, **kwargs):
+        guider = executor.class_obj
         if not run:  # a guider that was called without its sampler
-            begin(executor.class_obj, x)
-        safe_denoised, step = run["denoiser"].safe(x, denoised, *forward_process(run["sampling"], timestep, x.ndim))
+            begin(guider, x)
+        mask = mask_at(timestep, model_options, guider)
+        model_options, late, seen = watch(model_options, guider)
+        shared = model_options.get(KEY, {})  # of several patches on one model, all correct the prediction that the innermost got
+        denoised = executor(x, timestep, {**model_options, KEY: shared}, *args, **kwargs)
+        unconditional = negative_prediction(guider, seen)
+        if unconditional is not None:
+            run["offset"] = unconditional - x
+        elif not seen and "offset" in run:  # a cache skipped the model: go on as LazyCache does, with the offset of the latest call
+            unconditional = x + run["offset"]
+        raw, unconditional = shared.setdefault("predictions", (denoised, unconditional))
+        safe_denoised, step = run["denoiser"].safe(x, raw, *forward_process(run["sampling"], timestep, x.ndim), mask,
+                                                   unconditional if run["unconditional"] else None)
+        if raw is not denoised:
+            safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
         if step is not None:
             report.steps.append(step)
             run["live"].show(report.steps)
-        return safe_denoised
+        return call_late(late, seen, denoised, safe_denoised)
 
     wrappers = comfy.patcher_extension.WrappersMP
-    patched.add_wrapper(wrappers.SAMPLER_SAMPLE, sampler_sample)
-    patched.add_wrapper(wrappers.PREDICT_NOISE, predict_noise)
+    patched.add_wrapper_with_key(wrappers.SAMPLER_SAMPLE, KEY, sampler_sample)
+    patched.add_wrapper_with_key(wrappers.PREDICT_NOISE, KEY, predict_noise)
+    predict = patched.wrappers[wrappers.PREDICT_NOISE]  # the first is the outermost: a cache that skips the model must not skip us
+    patched.wrappers[wrappers.PREDICT_NOISE] = {KEY: predict.pop(KEY), **predict}
     return patched, report
 
 
@@ -125,12 +206,14 @@ class ApplySafeDenoiser(io.ComfyNode):
                 method, strength, *rest,
                 io.Combo.Input("weight", options=list(WEIGHTS), default="auto",
                                tooltip="How P(unsafe | x) is found. auto: evidence with a reference bank, retain with a retain bank, else "
-                                       "gate. Only for method safe_denoiser."),
-                io.Float.Input("prior", default=0.3, min=0.001, max=0.999, step=0.001,
+                                       "unconditional (leave the negative prompt empty), else, at cfg 1, gate. The others are for "
+                                       "comparison. Only for method safe_denoiser."),
+                io.Float.Input("prior", default=0.0, min=0.0, max=0.999, step=0.001,
                                tooltip="Share of unsafe pictures among what the model makes by itself, as a probability. Higher steers "
-                                       "harder."),
-                io.Float.Input("evidence", default=2.0, min=0.0, max=20.0, step=0.1,
-                               tooltip="How much the prediction itself counts in P(unsafe | x). 0: not at all (the theorem as printed)."),
+                                       "harder. 0: automatic, 0.25 to 0.4 by the banks connected."),
+                io.Float.Input("evidence", default=-1.0, min=-1.0, max=20.0, step=0.1,
+                               tooltip="How much the prediction itself counts in P(unsafe | x). 0: not at all (the theorem as printed). "
+                                       "-1: automatic, 3 with a bank to compare with, 1.5 without."),
                 io.Float.Input("bandwidth", default=0.0, min=0.0, max=100.0, step=0.01,
                                tooltip="Kernel width around each picture, in latent units. 0: automatic."),
                 io.Float.Input("temperature", default=0.0, min=0.0, max=100_000.0, step=0.1,
@@ -149,7 +232,8 @@ class ApplySafeDenoiser(io.ComfyNode):
                 radius, threshold, retain_bank=None, reference_bank=None) -> io.NodeOutput:
         return io.NodeOutput(*patch(
             model, dict(bank=negation_bank, retain=retain_bank, reference=reference_bank), start, end, bank_size, method=method,
-            weight=weight, strength=strength, prior=prior, evidence=evidence, bandwidth=bandwidth or None,
+            weight=weight, strength=strength, prior=prior or None, evidence=None if evidence < 0 else evidence,
+            bandwidth=bandwidth or None,
             temperature=temperature or None, radius=radius or None, threshold=threshold))
 
 

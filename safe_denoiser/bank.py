@@ -73,6 +73,12 @@ class Bank:
         """The same bank with each location at unit norm over the channels, as the published code stores it."""
         return replace(self, latents=F.normalize(self.latents, dim=1))
 
+    def masked(self, root: torch.Tensor) -> "Bank":
+        """The same bank with each item multiplied by `root`, (C, *spatial) or flat (D,): with root = sqrt(m), |root (x - y)|^2 is
+        sum m (x - y)^2, the distance inside a mask m.
+        """
+        return replace(self, latents=self.latents * root.view(self.latents.shape[1:]))
+
     def resized(self, size: Sequence[int]) -> "Bank":
         """The same bank with latents interpolated (bilinear, antialiased) to the spatial size (..., height, width)."""
         flat = self.latents.reshape(-1, 1, *self.latents.shape[-2:])

@@ -165,7 +165,7 @@ def main():
         save_pictures("tiny_sevens", pixels[labels == 7][:150])
         world, noise = TinyDigits(), torch.randn(100, *LATENT, generator=torch.Generator().manual_seed(100))
         raw = world.sample(noise, prompt(None), cfg=1) / LATENT_SCALE + LATENT_SHIFT
-        save_bank(Bank(raw.half(), metadata={"space": "vae", "source": "reference samples"}), REFERENCE)
+        save_bank(Bank(raw.half(), metadata={"space": "vae", "source": "reference samples", "prompt": "zeros"}), REFERENCE)
         save_pictures("tiny_ones_and_fours", torch.cat([pixels[labels == 1][:75], pixels[labels == 4][:75]]))
     if "report" in parts:
         report(TinyDigits(), held_out, held_out_labels)

@@ -79,3 +79,22 @@ def sample(comfy, run, tiny):
         return latent["samples"], report
 
     return SimpleNamespace(stock=stock, safe=safe, arguments=arguments)
+
+
+LINES = []
+
+
+@pytest.fixture
+def matrix():
+    """One line of the compatibility matrix, printed at the end: the test names it, and says how it came out when it did."""
+    line = SimpleNamespace(name="", outcome="")
+    yield line
+    if line.name and line.outcome:
+        LINES.append(f"{line.name:<46} {line.outcome}")
+
+
+def pytest_terminal_summary(terminalreporter):
+    if LINES:
+        terminalreporter.section("compatibility matrix", sep="-")
+        for line in LINES:
+            terminalreporter.write_line(line)

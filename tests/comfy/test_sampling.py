@@ -116,9 +116,9 @@ def test_bank_of_another_model_is_one_error(tiny, sample):
 
 def test_audio_latents_are_refused(run, tiny, sample):
     audio = {"samples": torch.zeros(1, 64, 1024)}
-    with pytest.raises(ValueError, match="which is audio; the safe denoiser needs image"):
+    with pytest.raises(ValueError, match="which is audio or a 3-D shape; the safe denoiser needs image"):
         run("BuildNegationBank", negation_set=tiny.negation_set, vae=tiny.vae, latent=audio)
-    with pytest.raises(ValueError, match="which is audio; the safe denoiser needs image"):
+    with pytest.raises(ValueError, match="which is audio or a 3-D shape; the safe denoiser needs image"):
         run("SampleReferenceBank", model=tiny.model, latent=audio, conditioning=tiny.empty)
 
 

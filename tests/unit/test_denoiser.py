@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from safe_denoiser import Bank, SafeDenoiser, posterior
-from safe_denoiser.denoiser import official
+from safe_denoiser.denoiser import Prediction
+from safe_denoiser.methods import official, sgf, tracked
 
 GOLDEN = Path(__file__).parent.parent / "golden/official_reference.safetensors"
 SIGMAS = [0.03, 0.1, 0.5, 1.0, 3.0, 14.6]
@@ -74,15 +75,14 @@ def test_exact_weights_reproduce_the_safe_denoiser(mixture, form, flow):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_retain_narrows_a_reference_that_knows_too_little(mixture):
-    """With a reference bank of one component only, p_ref is far too small at the kept ones; the retain bank caps r there."""
+def test_with_both_banks_log_r_is_the_mean_of_two_estimates(mixture):
+    """Where one of them errs, as a reference bank of too few samples does, the error of log r is halved."""
     means, weights, spread = mixture
-    unsafe, safe, poor = Bank(means[:2]), Bank(means[2:]), Bank(means[:1])
-    settings = dict(prior=0.35, evidence=0.0, bandwidth=spread, temperature=1.0, reference=poor)
-    x = means[2:].clone()
-    alone = SafeDenoiser(unsafe, **settings).safe(x, x, 0.3)[1].posterior
-    both = SafeDenoiser(unsafe, retain=safe, **settings).safe(x, x, 0.3)[1].posterior
-    assert (both <= alone + 1e-12).all() and both.max() < 0.5
+    unsafe, safe, x = Bank(means[:2]), Bank(means[2:]), means[2:].clone()
+    settings = dict(prior=0.1, evidence=0.0, bandwidth=spread, temperature=1.0, posterior_max=1 - 1e-13)
+    banks = [dict(reference=Bank(means[:4])), dict(retain=safe), dict(reference=Bank(means[:4]), retain=safe)]
+    by_reference, by_retain, by_both = (SafeDenoiser(unsafe, **b, **settings).safe(x, x, 0.3)[1].posterior.log() for b in banks)
+    torch.testing.assert_close(by_both, (by_reference + by_retain) / 2)
 
 
 def test_evidence_is_the_projection_of_the_prediction():
@@ -139,15 +139,107 @@ def test_spell_projects_onto_the_sphere_of_one_shield():
     assert torch.equal(denoiser.safe(inside, inside * 4, 1.0)[0], inside * 4)
 
 
+def test_sgf_moves_away_from_the_set():
+    """arXiv:2603.13300: every step lowers the mean kernel to the set, and nothing moves far outside of it."""
+    generator = torch.Generator().manual_seed(0)
+    latents, denoised = torch.randn(20, 8, generator=generator), torch.randn(5, 8, generator=generator)
+    direction, kernel = sgf(denoised, latents, 2.0)
+    _, after = sgf(denoised + 0.1 * direction, latents, 2.0)
+    assert (after.mean(1) < kernel.mean(1)).all()
+    assert sgf(denoised + 100, latents, 2.0)[0].abs().max() < 1e-6
+
+
+def test_the_retain_form_hears_the_prediction_too():
+    """logit r rises by evidence / 2 for a prediction at the unsafe mean."""
+    unsafe, retain, x = Bank(torch.randn(6, 4, 2, 2) + 1), Bank(torch.randn(9, 4, 2, 2)), torch.randn(3, 4, 2, 2)
+    settings = dict(retain=retain, bandwidth=0.4, temperature=8.0, posterior_max=1 - 1e-6)
+    mean = posterior(x, unsafe.latents, 1.0, 1.0, 0.4, 8.0).mean
+    plain, told = (SafeDenoiser(unsafe, evidence=e, **settings).safe(x, mean, 1.0)[1].posterior.logit() for e in (0.0, 2.0))
+    torch.testing.assert_close(told, plain + 1.0, rtol=1e-3, atol=1e-3)
+
+
+def test_what_needs_an_unconditional_prediction_says_so_at_cfg_1():
+    bank, x = Bank(torch.randn(7, 4, 4, 4)), torch.randn(2, 4, 4, 4)
+    for settings in (dict(weight="unconditional"), dict(weight="constant", push="unconditional")):
+        with pytest.raises(ValueError, match="at cfg 1 there is none"):
+            SafeDenoiser(bank, **settings).safe(x, x, 0.8)
+        SafeDenoiser(bank, **settings).safe(x, x, 0.8, unconditional=x + 1)
+
+
+def test_eq_8_pushes_from_the_unconditional_prediction():
+    """arXiv:2502.08011, Eq. 8: D_cfg + beta (D_uncond - E_u)."""
+    bank, x, denoised, empty = Bank(torch.randn(1, 4, 4, 4)), *torch.randn(3, 2, 4, 4, 4)
+    denoiser = SafeDenoiser(bank, weight="constant", strength=0.5, push="unconditional", bandwidth=0.0)
+    got, _ = denoiser.safe(x, denoised, 0.8, unconditional=empty)
+    torch.testing.assert_close(got, denoised + 0.5 * (empty - bank.latents))
+
+
+def test_triangle_only_moves_predictions_that_come_near():
+    generator = torch.Generator().manual_seed(7)
+    bank, x = Bank(torch.randn(40, 4, 4, 4, generator=generator)), torch.randn(2, 4, 4, 4, generator=generator)
+    denoiser = SafeDenoiser(bank, weight="triangle")
+    mean = denoiser.density(bank, Prediction(x.flatten(1), x.flatten(1), torch.ones(2), torch.ones(2), None)).mean.view_as(x)
+    near, far = mean + 1e-3 * torch.randn(2, 4, 4, 4, generator=generator), mean + 10
+    assert (denoiser.safe(x, near, 1.0)[1].posterior > 0).all() and torch.equal(denoiser.safe(x, far, 1.0)[0], far)
+
+
+@pytest.mark.parametrize("ancestral", [True, False])
+@pytest.mark.parametrize("unsafe", [True, False])
+def test_tracked_follows_who_foretold_the_next_x(ancestral, unsafe):
+    """A trajectory of an item of the unsafe Gaussian raises log r, one of the other lowers it; both forms agree with the exact ratio.
+
+    Two isotropic Gaussians N(m, 1) in 8-D, so that both denoisers and the exact log ratio are known at every noise level.
+    """
+    generator = torch.Generator().manual_seed(0)
+    m_u, m_d = torch.full((1, 8), 0.3, dtype=torch.float64), torch.full((1, 8), -0.3, dtype=torch.float64)
+    x0 = (m_u if unsafe else m_d) + torch.randn(4000, 8, generator=generator, dtype=torch.float64)
+    levels = torch.linspace(8, 0.5, 60 if ancestral else 2000, dtype=torch.float64)
+    eps = torch.randn(4000, 8, generator=generator, dtype=torch.float64)
+
+    def foretold(x, s, m):
+        return (x + s * s * m) / (1 + s * s)
+
+    def exact(x, s):
+        return ((x - m_d).square().sum(1) - (x - m_u).square().sum(1)) / (2 * (1 + s * s))
+
+    x, log_r = x0 + levels[0] * eps, torch.zeros(4000, dtype=torch.float64)
+    start = exact(x, levels[0])
+    for t, s in zip(levels[:-1], levels[1:]):
+        before = x, t.expand(4000), foretold(x, t, m_d), foretold(x, t, m_u), torch.zeros(4000, dtype=torch.float64)
+        if ancestral:  # the true reverse step, towards this x0
+            a, v = (s / t) ** 2, s**2 * (1 - (s / t) ** 2)
+            x = a * x + (1 - a) * x0 + v.sqrt() * torch.randn(4000, 8, generator=generator, dtype=torch.float64)
+        else:  # the other Gaussian's ODE, exactly: x - m shrinks with sqrt(1 + s^2)
+            x = m_d + (x - m_d) * ((1 + s * s) / (1 + t * t)).sqrt()
+        log_r = tracked(log_r, before, x, s.expand(4000), 1.0, 100.0)
+    gained = exact(x, levels[-1]) - start
+    if ancestral:
+        assert (log_r.mean() > 0.5) == unsafe and (log_r.mean() < -0.5) == (not unsafe)
+        assert abs(float(log_r.mean() - gained.mean())) < 0.25 * abs(float(gained.mean())) + 0.05
+    else:
+        torch.testing.assert_close(log_r, gained, rtol=0.02, atol=0.02)
+
+
+def test_tracked_starts_again_when_the_noise_rises():
+    bank, generator = Bank(torch.randn(7, 4, 4, 4)), torch.Generator().manual_seed(0)
+    denoiser, x = SafeDenoiser(bank, weight="tracked"), torch.randn(2, 4, 4, 4, generator=generator)
+    first = [denoiser.safe(x, x * 0.5, sigma)[1].posterior for sigma in (2.0, 1.0, 0.5)]
+    again = [denoiser.safe(x, x * 0.5, sigma)[1].posterior for sigma in (2.0, 1.0, 0.5)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not torch.equal(first[0], first[2])
+
+
 def test_spell_finds_its_radius_in_the_bank():
     latents = torch.tensor([0.0, 1.0, 10.0]).view(3, 1, 1, 1)
-    assert SafeDenoiser(Bank(latents), method="spell").shield_radius == 1.0
+    assert SafeDenoiser(Bank(latents), method="spell").neighbour_distance == 1.0
 
 
 BANKS = {
     "evidence": dict(reference=Bank(torch.randn(6, 4, 4, 4))), "retain": dict(retain=Bank(torch.randn(5, 4, 4, 4))), "gate": {},
     "spell": dict(method="spell", radius=100.0), "official": dict(method="official", threshold=0.0),
-    "official_sd3": dict(method="official_sd3", threshold=0.0),
+    "official_sd3": dict(method="official_sd3", threshold=0.0), "sgf": dict(method="sgf", bandwidth=5.0),
+    "reference": dict(reference=Bank(torch.randn(6, 4, 4, 4)), weight="reference"), "constant": dict(weight="constant"),
+    "ratio_beta": dict(retain=Bank(torch.randn(5, 4, 4, 4)), weight="ratio_beta"), "tracked": dict(weight="tracked"),
 }
 
 
@@ -174,7 +266,7 @@ def test_batch_equals_single_runs(settings):
     bank, x, denoised = Bank(torch.randn(7, 4, 4, 4)), torch.randn(8, 4, 4, 4), torch.randn(8, 4, 4, 4)
     denoiser = SafeDenoiser(bank, **settings)
     together = denoiser.safe(x, denoised, torch.full((8,), 0.8))[0]
-    alone = torch.cat([denoiser.safe(x[i:i + 1], denoised[i:i + 1], 0.8)[0] for i in range(8)])
+    alone = torch.cat([SafeDenoiser(bank, **settings).safe(x[i:i + 1], denoised[i:i + 1], 0.8)[0] for i in range(8)])
     torch.testing.assert_close(together, alone)
 
 
@@ -183,6 +275,7 @@ def test_strength_0_and_an_excluding_window_are_bit_exact(settings):
     denoised = torch.randn(2, 4, 4, 4, dtype=torch.float64).to(torch.bfloat16)
     same, step = SafeDenoiser(bank, strength=0.0, **settings).safe(x, denoised, 0.8)
     assert same is denoised and step is None
+    x = bank.latents[:2] + 0.5 * x
     outside, step = SafeDenoiser(bank, sigma_start=0.5, **settings).safe(x, denoised, 0.8)
     assert torch.equal(outside, denoised) and not step.active.any() and not step.posterior.any()
     rows, step = SafeDenoiser(bank, sigma_start=0.8, sigma_end=0.2, **settings).safe(x, denoised, torch.tensor([0.8, 0.2]))
@@ -237,10 +330,14 @@ def test_wrong_settings_say_what_to_do(wrong, message):
 
 
 def test_auto_takes_the_best_that_the_banks_allow():
-    bank = Bank(torch.zeros(2, 4, 4, 4))
-    assert SafeDenoiser(bank).chosen_weight == "gate"
-    assert SafeDenoiser(bank, retain=bank).chosen_weight == "retain"
-    assert SafeDenoiser(bank, retain=bank, reference=bank).chosen_weight == "evidence"
+    x, denoised, empty = torch.randn(3, 2, 4, 4, 4)
+    bank, retain, reference = (Bank(torch.randn(5, 4, 4, 4)) for _ in range(3))
+    for banks, unconditional, weight in (({}, None, "gate"), ({}, empty, "unconditional"), (dict(retain=retain), empty, "retain"),
+                                         (dict(reference=reference), empty, "evidence"),
+                                         (dict(retain=retain, reference=reference), None, "evidence")):
+        auto, named = (SafeDenoiser(bank, weight=w, **banks).safe(x, denoised, 0.8, unconditional=unconditional)[0]
+                       for w in ("auto", weight))
+        assert torch.equal(auto, named), weight
 
 
 def test_the_gate_opens_for_bank_pictures_and_shuts_for_others():
