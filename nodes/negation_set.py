@@ -1,11 +1,11 @@
-"""Load Negation Set, Negation Set from Images."""
+"""Load Negation Set, Negation Set from Images, Combine Negation Sets."""
 import logging
 
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..safe_denoiser import NegationSet
+from ..safe_denoiser import NegationSet, combine_sets
 from . import folders
 from .types import CATEGORY, NegationSetType
 
@@ -18,15 +18,17 @@ def contact_sheet(negation_set: NegationSet, name: str, style: str, cls) -> ui.P
     return ui.PreviewImage(torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 255)[None], cls=cls)
 
 
-def preview_input() -> io.Combo.Input:
-    return io.Combo.Input("preview", options=["blurred", "shown", "off"], default="blurred",
-                          tooltip="Contact sheet on the node, up to 16 pictures. Blurred by default, since sets hold what people do not "
-                                  "want to see. off: no preview is made or stored.")
+SHEET = ("Contact sheet on the node, up to 16 pictures. Blurred by default, since sets hold what people do not want to see. off: no "
+         "preview is made or stored.")
+
+
+def preview_input(tooltip: str = SHEET, optional: bool = False) -> io.Combo.Input:
+    return io.Combo.Input("preview", options=["blurred", "shown", "off"], default="blurred", tooltip=tooltip, optional=optional)
 
 
 def describe(negation_set: NegationSet, name: str) -> str:
     skipped = "".join(f"\nskipped {file}: {reason}" for file, reason in negation_set.skipped)
-    return f"{name}: {len(negation_set)} pictures, {len(negation_set.skipped)} skipped{skipped}"
+    return negation_set.describe(name) + skipped
 
 
 class LoadNegationSet(io.ComfyNode):
@@ -34,18 +36,18 @@ class LoadNegationSet(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserLoadNegationSet", display_name="Load Negation Set", category=CATEGORY,
-            description="A folder of pictures that must not come out (unsafe, copyrighted, a person who wishes to be forgotten), from "
-                        "input/negation_sets/<name> or models/negation_sets/<name>.",
+            description="Pictures that must not come out (unsafe, copyrighted, a person who wishes to be forgotten): a folder or a zip "
+                        "file in input/negation_sets or models/negation_sets, or a saved bank.",
             inputs=[
                 io.Combo.Input("folder", options=folders.list_sets(),
-                               tooltip="Folder with the pictures, under input/negation_sets or models/negation_sets. Press R after "
-                                       "adding one."),
+                               tooltip="A folder or zip file of pictures under input/negation_sets or models/negation_sets, or a bank "
+                                       "that Save Negation Bank wrote. Press R after adding one."),
                 io.Int.Input("max_images", default=0, min=0, max=100_000,
                              tooltip="Use at most this many pictures, in the order of their names. 0: all of them."),
                 preview_input(),
             ],
             outputs=[NegationSetType.Output(display_name="negation_set", tooltip="The pictures, decoded when they are needed."),
-                     io.String.Output(display_name="info", tooltip="Name, count, and each skipped file with the reason.")],
+                     io.String.Output(display_name="info", tooltip="Name, count, size, and each skipped file with the reason.")],
         )
 
     @classmethod
@@ -58,7 +60,7 @@ class LoadNegationSet(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder, max_images, preview) -> io.NodeOutput:
-        negation_set = NegationSet.from_folder(folders.resolve(folders.SETS, folder), max_images)
+        negation_set = folders.read_set(folder, max_images)
         info = describe(negation_set, folder)
         if negation_set.skipped:
             logging.warning("Load Negation Set: %s", info)
@@ -82,4 +84,28 @@ class NegationSetFromImages(io.ComfyNode):
         return io.NodeOutput(negation_set, ui=contact_sheet(negation_set, "images", preview, cls))
 
 
-NODES = [LoadNegationSet, NegationSetFromImages]
+class CombineNegationSets(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        sets = [NegationSetType.Input(f"set_{i}", optional=i > 1, tooltip="A set to combine." + " Optional." * (i > 1)) for i in SLOTS]
+        weights = [io.Float.Input(f"weight_{i}", default=1.0, min=0.0, max=100.0, step=0.05,
+                                  tooltip=f"How many times each picture of set_{i} counts. 1: as any other. 0: the set is left out.")
+                   for i in SLOTS]
+        return io.Schema(
+            node_id="SafeDenoiserCombineNegationSets", display_name="Combine Negation Sets", category=CATEGORY,
+            description="One set from up to four, with a weight for each. The weight is per picture, so a large set still counts more "
+                        "than a small one of the same weight.",
+            inputs=[*sets, *weights],
+            outputs=[NegationSetType.Output(display_name="negation_set", tooltip="The pictures of all sets, weighed."),
+                     io.String.Output(display_name="info", tooltip="Count, size and skipped files of the combined set.")],
+        )
+
+    @classmethod
+    def execute(cls, set_1, weight_1, weight_2, weight_3, weight_4, set_2=None, set_3=None, set_4=None) -> io.NodeOutput:
+        given = [(one, weight) for one, weight in ((set_1, weight_1), (set_2, weight_2), (set_3, weight_3), (set_4, weight_4)) if one]
+        negation_set = combine_sets(*zip(*given))
+        return io.NodeOutput(negation_set, describe(negation_set, "combined"))
+
+
+SLOTS = (1, 2, 3, 4)
+NODES = [LoadNegationSet, NegationSetFromImages, CombineNegationSets]

@@ -4,6 +4,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..safe_denoiser import Report
+from .negation_set import preview_input
 from .types import CATEGORY, NegationSetType, ReportType
 
 
@@ -18,16 +19,19 @@ class SafeDenoiserReport(io.ComfyNode):
                 io.Latent.Input("samples", optional=True,
                                 tooltip="The sampled latent. Needed with Apply Safe Denoiser, so that the report is read after sampling."),
                 NegationSetType.Input("negation_set", optional=True,
-                                      tooltip="The set of the bank: the three pictures that pushed most are shown, blurred. Optional."),
+                                      tooltip="The set of the bank: the three pictures that pushed most are shown. Optional."),
+                preview_input("The three pictures that pushed most, when negation_set is connected. Blurred by default, since sets hold "
+                              "what people do not want to see. off: they are not shown.", optional=True),
             ],
             outputs=[io.Image.Output(display_name="plot", tooltip="Posterior and correction over the model calls, one line per picture."),
                      io.String.Output(display_name="table", tooltip="One line per step.")],
         )
 
     @classmethod
-    def execute(cls, report, samples=None, negation_set=None) -> io.NodeOutput:
+    def execute(cls, report, samples=None, negation_set=None, preview="blurred") -> io.NodeOutput:
         read = Report(list(report.steps), list(report.notes))  # the live one is filled again by the next run
-        plot = torch.from_numpy(np.asarray(read.plot(negation_set=negation_set), dtype=np.float32) / 255)[None]
+        picture = read.plot(negation_set=None if preview == "off" else negation_set, blurred=preview != "shown")
+        plot = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
         return io.NodeOutput(plot, read.table(), ui={**ui.PreviewImage(plot, cls=cls).as_dict(), "text": (read.table(),)})
 
 

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..safe_denoiser import Bank, Report, SafeDenoiser
 from ..safe_denoiser.denoiser import METHODS, WEIGHTS
 from .bank import require_pictures
+from .live import Live
 from .types import CATEGORY, NegationBankType, ReportType
 
 KEY, POST_CFG = "safe_denoiser", "sampler_post_cfg_function"
@@ -102,7 +103,7 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         sampling, notes = guider.inner_model.model_sampling, []
         moved = {name: to_model(bank, guider.inner_model, noise, bank_size, notes) for name, bank in banks.items()}
         window = {"sigma_start": float(sampling.percent_to_sigma(start)), "sigma_end": float(sampling.percent_to_sigma(end))}
-        run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling, sigmas=sigmas, mask=denoise_mask)
+        run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling, live=Live(), sigmas=sigmas, mask=denoise_mask)
         report.steps.clear()
         report.notes[:] = dict.fromkeys(notes)
 
@@ -117,6 +118,7 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         try:
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
         finally:
+            run["live"].end(report)
             run.clear()  # frees the device's copy of the banks
 
     def predict_noise(executor, x, timestep, model_options, *args, **kwargs):
@@ -139,6 +141,7 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
             safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
         if step is not None:
             report.steps.append(step)
+            run["live"].show(report.steps)
         return call_late(late, seen, denoised, safe_denoised)
 
     wrappers = comfy.patcher_extension.WrappersMP

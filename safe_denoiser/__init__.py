@@ -7,10 +7,10 @@ Source: Kim, Kim, Yusuf, Ermon, Park, "Training-Free Safe Denoisers for Safe Use
 from .bank import Bank, LatentCache, encode_bank, load_bank, merge_banks, save_bank
 from .denoiser import SafeDenoiser, Step
 from .kernel import Posterior, posterior
-from .negation_set import NegationSet
+from .negation_set import NegationSet, combine_sets
 from .report import Report
 
 __all__ = [
     "Bank", "LatentCache", "NegationSet", "Posterior", "Report", "SafeDenoiser", "Step",
-    "encode_bank", "load_bank", "merge_banks", "posterior", "save_bank",
+    "combine_sets", "encode_bank", "load_bank", "merge_banks", "posterior", "save_bank",
 ]

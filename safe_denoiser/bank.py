@@ -171,12 +171,15 @@ def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torc
         cache: latents found there are not encoded again; each new one is stored at once, so an interrupt loses nothing.
 
     Returns:
-        Bank with latents (N, C, *spatial) in the space of `encode`, and the pictures' names.
+        Bank with latents (N, C, *spatial) in the space of `encode`, and the pictures' names and weights.
+
+    Raises:
+        ValueError: the set holds latents of a saved bank whose shape differs from those that are encoded.
     """
-    latents = []
+    latents, stored = [], negation_set.latents or (None,) * len(negation_set)
     for i, (read, fingerprint) in enumerate(zip(negation_set.readers, negation_set.fingerprints)):
         path = cache and cache.path(fingerprint, size, fit)
-        latent = cache and cache.get(path)
+        latent = stored[i] if stored[i] is not None else cache and cache.get(path)
         if latent is None:
             latent = encode(fit_picture(read(), size, fit)).detach().cpu().contiguous()
             if cache:
@@ -184,7 +187,13 @@ def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torc
         latents.append(latent)
         if progress:
             progress(i + 1, len(negation_set))
-    return Bank(torch.stack(latents), negation_set.names, {"size": f"{size[0]}x{size[1]}", "fit": fit})
+    shapes = sorted({tuple(latent.shape) for latent in latents})
+    if len(shapes) > 1:
+        raise ValueError(f"the set mixes latents of shapes {shapes}; a saved bank can be combined only with what the same VAE encodes "
+                         f"at the size it was built with")
+    weights = torch.tensor(negation_set.weights) if negation_set.weights else None
+    return Bank(torch.stack([latent.to(latents[0].dtype) for latent in latents]), negation_set.names,
+                {"size": f"{size[0]}x{size[1]}", "fit": fit}, weights)
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

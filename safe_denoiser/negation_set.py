@@ -1,60 +1,23 @@
 """NegationSet: image files -> fingerprints and lazily decoded pictures."""
 import hashlib
 import re
-import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-EXTENSIONS = frozenset(
-    ".png .apng .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif .ppm .pgm .jp2 .tga .ico".split())
+from .pictures import EXTENSIONS, decode, examine
 
-
-def decode(path: Path) -> torch.Tensor:
-    """The picture as a viewer shows it: first frame, EXIF rotation applied, transparency on white, 16 bit kept.
-
-    Returns:
-        (H, W, 3) float32 in [0, 1].
-
-    Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: what Pillow raises for files it cannot read.
-    """
-    with Image.open(path) as opened:
-        opened.seek(0)
-        picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit grey: Pillow would clip it at 255
-            grey = np.asarray(picture, dtype=np.float32) / (1.0 if picture.mode == "F" else 65535.0)
-            return torch.from_numpy(grey).clamp(0, 1)[:, :, None].expand(-1, -1, 3)
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32) / 255)
+LARGEST = 2**28  # bytes of one picture inside a zip file: a file that unpacks to more is not a picture
 
 
-@lru_cache(maxsize=100_000)
-def _examine(path: Path, size: int, mtime_ns: int) -> tuple[str, str]:
-    """(sha256 of the file, "") for a readable picture, ("", reason) for any other; `size` and `mtime_ns` are the cache key."""
-    if not size:
-        return "", "empty file"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's warnings about odd metadata would flood the console
-            with Image.open(path) as picture:
-                picture.draft("RGB", (64, 64))  # JPEG decodes at 1/8 size: finds truncation at a fraction of the cost
-                picture.load()
-        return hashlib.sha256(path.read_bytes()).hexdigest(), ""
-    except Exception as error:  # a damaged file makes Pillow's plugins raise nearly anything
-        return "", f"{type(error).__name__}: {error}".replace(str(path), path.name)
-
-
-def _natural(path: Path) -> list:
+def _natural(name: str) -> list:
     """Sort key: picture_2 before picture_10."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", name)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +27,11 @@ class NegationSet:
     Args:
         names: one name per picture.
         fingerprints: one content hash per picture; equal fingerprints mean equal pictures.
+        readers: one function per picture, which decodes it.
         skipped: (file name, reason) of every file that could not be read.
+        weights: how much each picture counts, positive; () counts all alike.
+        latents: one latent per picture where the set comes from a saved bank, which holds no pixels; else ().
+        size: bytes that the files take on disk.
 
     >>> pictures = NegationSet.from_images(torch.zeros(2, 8, 8, 3))
     >>> len(pictures), pictures.names, [tuple(picture.shape) for picture in pictures]
@@ -75,6 +42,9 @@ class NegationSet:
     fingerprints: tuple[str, ...]
     readers: tuple[Callable[[], torch.Tensor], ...]
     skipped: tuple[tuple[str, str], ...] = ()
+    weights: tuple[float, ...] = ()
+    latents: tuple[torch.Tensor | None, ...] = ()
+    size: int = 0
 
     @classmethod
     def from_folder(cls, path: str | Path, max_images: int = 0) -> "NegationSet":
@@ -92,27 +62,86 @@ class NegationSet:
         if not folder.is_dir():
             raise FileNotFoundError(f"negation set folder {folder.name!r} does not exist; create {folder} "
                                     f"and put the pictures that must not come out into it")
-        names, fingerprints, readers, skipped = [], [], [], []
-        for file in sorted((f for f in folder.iterdir() if f.suffix.lower() in EXTENSIONS and not f.is_dir()), key=_natural):
-            if max_images and len(names) >= max_images:
-                break
-            if not file.resolve().is_relative_to(folder.resolve()):
-                fingerprint, reason = "", "link to a file outside the folder"
-            elif not file.exists():
-                fingerprint, reason = "", "broken link"
-            else:
-                fingerprint, reason = _examine(file, file.stat().st_size, file.stat().st_mtime_ns)
+        files = (file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and not file.is_dir())
+        found = cls._gather(((file.name, *cls._file(file, folder)) for file in sorted(files, key=lambda f: _natural(f.name))), max_images)
+        return found._or_complain(f"folder {folder.name!r}", f"put PNG, JPEG or WebP files into {folder}")
+
+    @classmethod
+    def from_zip(cls, path: str | Path, max_images: int = 0) -> "NegationSet":
+        """The pictures of a zip file, in all its folders, in natural order of their names; nothing is unpacked to disk.
+
+        Args:
+            path: the zip file.
+            max_images: read at most this many pictures; 0 reads all.
+
+        Raises:
+            FileNotFoundError: the file is missing.
+            ValueError: it is damaged, not a zip file, or holds no readable picture.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"negation set {path.name!r} does not exist; put a zip file of pictures at {path}")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"negation set {path.name!r} is not a readable zip file ({error}); make or copy it again") from error
+        pictures = [m for m in members if PurePosixPath(m.filename).suffix.lower() in EXTENSIONS and not m.is_dir()
+                    and not PurePosixPath(m.filename).name.startswith("._")]  # what macOS adds
+        time = path.stat().st_mtime_ns
+        found = cls._gather(((m.filename, *cls._member(path, m, time)) for m in sorted(pictures, key=lambda m: _natural(m.filename))),
+                            max_images)
+        return found._or_complain(f"zip file {path.name!r}", f"put PNG, JPEG or WebP files into {path}")
+
+    @staticmethod
+    def _file(file: Path, folder: Path) -> tuple[int, Callable, tuple[str, str]]:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            return 0, decode, ("", "link to a file outside the folder")
+        if not file.exists():
+            return 0, decode, ("", "broken link")
+        status = file.stat()
+        return status.st_size, partial(decode, file), examine(file, status.st_size, status.st_mtime_ns)
+
+    @staticmethod
+    def _member(path: Path, member: zipfile.ZipInfo, time: int) -> tuple[int, Callable, tuple[str, str]]:
+        examined = examine(path, member.file_size, time, member.filename) if member.file_size <= LARGEST else ("", "larger than 256 MB")
+        return member.file_size, partial(decode, path, member.filename), examined
+
+    @classmethod
+    def _gather(cls, candidates, max_images: int) -> "NegationSet":
+        """The set of those (name, bytes, reader, (fingerprint, reason)) that are readable."""
+        kept, skipped = [], []
+        for name, size, read, (fingerprint, reason) in candidates:
             if reason:
-                skipped.append((file.name, reason))
-                continue
-            names.append(file.name)
-            fingerprints.append(fingerprint)
-            readers.append(partial(decode, file))
-        if not names:
-            unread = "".join(f"\n  {name}: {reason}" for name, reason in skipped[:10])
-            raise ValueError(f"negation set folder {folder.name!r} has no readable picture"
-                             f"{f' ({len(skipped)} unreadable)' if skipped else ''}; put PNG, JPEG or WebP files into {folder}{unread}")
-        return cls(tuple(names), tuple(fingerprints), tuple(readers), tuple(skipped))
+                skipped.append((name, reason))
+            else:
+                kept.append((name, size, read, fingerprint))
+            if max_images and len(kept) >= max_images:
+                break
+        names, sizes, readers, fingerprints = zip(*kept) if kept else ((), (), (), ())
+        return cls(names, fingerprints, readers, tuple(skipped), size=sum(sizes))
+
+    def _or_complain(self, what: str, todo: str) -> "NegationSet":
+        if self.names:
+            return self
+        unread = "".join(f"\n  {name}: {reason}" for name, reason in self.skipped[:10])
+        raise ValueError(f"negation set {what} has no readable picture"
+                         f"{f' ({len(self.skipped)} unreadable)' if self.skipped else ''}; {todo}{unread}")
+
+    @classmethod
+    def from_latents(cls, latents: torch.Tensor, names: Sequence[str] = (), weights: torch.Tensor | None = None) -> "NegationSet":
+        """A set from the latents of a saved bank (N, C, *spatial): they are used as they are, and have no picture to show.
+
+        Args:
+            names, weights: as the bank has them, or none.
+        """
+        def read():
+            raise ValueError("this item comes from a saved bank, which holds latents and no picture; build the set from pictures instead")
+
+        fingerprints = tuple(hashlib.sha256(latent.float().cpu().contiguous().numpy().tobytes()).hexdigest() for latent in latents)
+        return cls(tuple(names) or tuple(f"latent_{i}" for i in range(len(latents))), fingerprints, (read,) * len(latents),
+                   weights=() if weights is None else tuple(weights.tolist()), latents=tuple(latents.cpu()),
+                   size=latents.numel() * latents.element_size())
 
     @classmethod
     def from_images(cls, pixels: torch.Tensor | Sequence[torch.Tensor]) -> "NegationSet":
@@ -138,23 +167,58 @@ class NegationSet:
 
     @property
     def fingerprint(self) -> str:
-        """One hash for the whole set: changes when a picture is added, removed or changed."""
-        return hashlib.sha256("".join(self.fingerprints).encode()).hexdigest()
+        """One hash for the whole set: changes when a picture is added, removed, changed or weighed otherwise."""
+        return hashlib.sha256(("".join(self.fingerprints) + repr(self.weights or "")).encode()).hexdigest()
+
+    def describe(self, title: str) -> str:
+        """Name, count, skipped files and size, in one line."""
+        units = ("B", "KB", "MB", "GB", "TB")
+        power = min(len(units) - 1, max(0, self.size.bit_length() - 1) // 10)
+        size = f", {self.size / 1024**power:.3g} {units[power]}" if self.size else ""
+        what = "latents" if self.latents and None not in self.latents else "pictures"
+        return f"{title}: {len(self)} {what}, {len(self.skipped)} skipped{size}"
 
     def contact_sheet(self, title: str = "", count: int = 16, blurred: bool = True) -> Image.Image:
-        """Up to `count` pictures, evenly picked, in a grid under one line of text; blurred beyond recognition by default."""
-        tile, columns = 128, 4
-        picked = [self.readers[i * len(self) // min(count, len(self))] for i in range(min(count, len(self)))]
-        text = f"{title}: {len(self)} pictures" + f", {len(self.skipped)} skipped" * bool(self.skipped)
-        lines = [text, *(f"skipped {name}: {reason}" for name, reason in self.skipped[:3])]
-        sheet = Image.new("RGB", (tile * columns, 16 * len(lines) + 4 + tile * -(-len(picked) // columns)), "black")
-        ImageDraw.Draw(sheet).text((4, 2), "\n".join(line[:80] for line in lines), "white", spacing=5)
-        for i, read in enumerate(picked):
-            sheet.paste(thumbnail(read(), tile, blurred), (i % columns * tile, 16 * len(lines) + 4 + i // columns * tile))
+        """Up to `count` pictures, evenly picked, in a grid under a line of text; blurred beyond recognition by default."""
+        tile, columns, line = 128, 4, 28
+        picked = [i * len(self) // min(count, len(self)) for i in range(min(count, len(self)))]
+        lines = [self.describe(title), *(f"skipped {name}: {reason}" for name, reason in self.skipped[:3])]
+        top = line * len(lines) + 8
+        sheet = Image.new("RGB", (tile * columns, top + tile * -(-len(picked) // columns)), "black")
+        draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(22)
+        for row, text in enumerate(lines):
+            while font.getlength(text) > sheet.width - 8:
+                text = text[:-2].removesuffix("\N{HORIZONTAL ELLIPSIS}") + "\N{HORIZONTAL ELLIPSIS}"
+            draw.text((4, 2 + row * line), text, "white", font)
+        for place, i in enumerate(picked):
+            sheet.paste(self.thumbnail(i, tile, blurred), (place % columns * tile, top + place // columns * tile))
         return sheet
 
+    def thumbnail(self, i: int, tile: int, blurred: bool = True) -> Image.Image:
+        """A square thumbnail of picture i; `blurred` keeps 6 x 6 colours of it. An item without a picture is a grey tile."""
+        if self.latents and self.latents[i] is not None:
+            return Image.new("RGB", (tile, tile), "gray")
+        picture = ImageOps.fit(Image.fromarray((self.readers[i]() * 255).round().byte().numpy()), (tile, tile))
+        return picture.resize((6, 6), Image.Resampling.BOX).resize((tile, tile), Image.Resampling.BICUBIC) if blurred else picture
 
-def thumbnail(pixels: torch.Tensor, tile: int, blurred: bool) -> Image.Image:
-    """A square thumbnail of a picture (H, W, 3) in [0, 1]; `blurred` keeps 6 x 6 colours of it."""
-    picture = ImageOps.fit(Image.fromarray((pixels * 255).round().byte().numpy()), (tile, tile))
-    return picture.resize((6, 6), Image.Resampling.BOX).resize((tile, tile), Image.Resampling.BICUBIC) if blurred else picture
+
+def combine_sets(sets: Sequence[NegationSet], weights: Sequence[float] = ()) -> NegationSet:
+    """One set with the pictures of all, in order.
+
+    Args:
+        weights: one per set. Each picture of a set counts that many times, on top of a weight of its own; 0 leaves the set out.
+
+    Raises:
+        ValueError: a negative weight, or no set with a weight above 0.
+    """
+    weights = tuple(weights) or (1.0,) * len(sets)
+    if any(weight < 0 for weight in weights) or not any(weights):
+        raise ValueError(f"weights of the sets are {list(weights)}; need numbers of 0 or more, and at least one above 0")
+    kept = [(one, weight) for one, weight in zip(sets, weights) if weight > 0]
+    each = [weight * own for one, weight in kept for own in one.weights or (1.0,) * len(one)]
+    return NegationSet(
+        sum((one.names for one, _ in kept), ()), sum((one.fingerprints for one, _ in kept), ()),
+        sum((one.readers for one, _ in kept), ()), sum((one.skipped for one, _ in kept), ()),
+        weights=tuple(each) if len(set(each)) > 1 else (),
+        latents=sum((one.latents or (None,) * len(one) for one, _ in kept), ()) if any(one.latents for one, _ in kept) else (),
+        size=sum(one.size for one, _ in kept))

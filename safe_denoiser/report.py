@@ -10,9 +10,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .denoiser import Step
-from .negation_set import NegationSet, thumbnail
+from .negation_set import NegationSet
 
 COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194), (23, 190, 207))
+
+
+def live(step: Step, call: int) -> str:
+    """One line about one step, while the run is on; reads from the device."""
+    r, c = (float(value.max()) for value in (step.posterior, step.correction))
+    return f"call {call}: r {r:.2f}, correction {c:.1%}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +63,29 @@ class Report:
         if s["fallbacks"]:
             return f"the model gave NaN or infinity {s['fallbacks']} times; those predictions were left as they were"
         if not s["corrected_calls"]:
-            return f"nothing was corrected: none of the {s['model_calls']} model calls lay in the window"
+            return f"nothing was corrected: none of the {s['model_calls']} model calls lay in the window (start to end)"
         if s["posterior"] < 0.01:
-            return "the bank never came near: posterior below 0.01 at every step"
+            return "nothing was corrected: the bank never came near, r < 0.01 at every step"
+        if s["correction"] < 1e-4:
+            return (f"nothing to see: r reached {s['posterior']:.2f}, but the largest correction was {s['correction']:.1g} of the "
+                    f"prediction; raise strength, or let start begin earlier")
         return f"corrected {s['corrected_calls']} of {s['model_calls']} model calls, posterior up to {s['posterior']:.2f}"
+
+    @property
+    def counts(self) -> str:
+        """One line: model calls, window, clamps and fallbacks."""
+        s, v = self.summary, self.values
+        inside = np.flatnonzero((v["active"] > 0).any(1)) if len(self.steps) else []
+        window = "window never open"
+        if len(inside):
+            high, low = v["sigma"][inside[0]].max(), v["sigma"][inside[-1]].max()
+            window = f"window open in calls {inside[0] + 1} to {inside[-1] + 1} (sigma {high:.3f} to {low:.3f})"
+        return f"{s['model_calls']} model calls, {window}, {s['clamped']} clamps, {s['fallbacks']} fallbacks"
 
     def table(self) -> str:
         """A line per model call: mean over the batch, largest in brackets."""
         v = self.values
-        lines = [self.verdict, *self.notes, "call   sigma      posterior r     correction      active"]
+        lines = [self.verdict, self.counts, *self.notes, "call   sigma      posterior r     correction      active"]
         for i in range(len(self.steps)):
             r, c = v["posterior"][i], v["correction"][i]
             lines.append(f"{i + 1:>4}  {v['sigma'][i].max():>7.3f}   {r.mean():.3f} ({r.max():.3f})   {c.mean():.4f} ({c.max():.4f})   "
@@ -94,17 +114,18 @@ class Report:
         draw = ImageDraw.Draw(picture)
         draw.font = ImageFont.load_default(18)
         draw.text((10, 6), "\n".join(textwrap.wrap(self.verdict, width // 10)[:2]), "black")
+        draw.text((10, height - 6), self.counts, "dimgray", ImageFont.load_default(14), anchor="ld")
         panels = (("posterior", "posterior r", 1.0), ("correction", "|correction| / |denoised|", None))
         for k, (name, title, top) in enumerate(panels):
-            top_edge = 80 + k * (height - 80) // 2
-            box = (70, top_edge, width - 15, top_edge + (height - 80) // 2 - 52)
+            top_edge = 80 + k * (height - 94) // 2
+            box = (70, top_edge, width - 15, top_edge + (height - 94) // 2 - 52)
             self._panel(draw, box, self.values[name], title, top)
         if negation_set is None:
             return picture
         wide = Image.new("RGB", (width + 150, height), "white")
         wide.paste(picture)
         for k, item in enumerate(i for i in self.pushed_most() if i < len(negation_set)):
-            wide.paste(thumbnail(negation_set.readers[item](), 110, blurred), (width + 20, 50 + 140 * k))
+            wide.paste(negation_set.thumbnail(item, 110, blurred), (width + 20, 50 + 140 * k))
             ImageDraw.Draw(wide).text((width + 20, 46 + 140 * k), negation_set.names[item][:16], "black",
                                       ImageFont.load_default(13), anchor="ld")
         ImageDraw.Draw(wide).text((width + 20, 6), "pushed most", "black", ImageFont.load_default(18))

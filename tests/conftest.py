@@ -1,10 +1,15 @@
 """Options of the test run, and the ComfyUI that it runs against (`python dev.py test` finds one and names it in the environment)."""
+import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 COMFYUI = os.environ.get("SAFE_DENOISER_COMFYUI") or ""
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NO_BROWSER = "no ComfyUI" if not COMFYUI else "no chromium" if not CHROMIUM else \
+    "no playwright" if not importlib.util.find_spec("playwright") else ""
 
 
 def pytest_addoption(parser):
@@ -17,5 +22,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.comfy)
             if not COMFYUI:
                 item.add_marker(pytest.mark.skip(reason="no ComfyUI"))
+        if "tests/browser" in Path(item.fspath).as_posix():
+            item.add_marker(pytest.mark.browser)
+            if NO_BROWSER:
+                item.add_marker(pytest.mark.skip(reason=NO_BROWSER))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))

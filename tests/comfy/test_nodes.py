@@ -1,17 +1,22 @@
 """Each node, called as ComfyUI's executor calls it."""
 import os
 import shutil
+import sys
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from safe_denoiser import Bank, NegationSet, save_bank
+
 IDS = {
     "LoadNegationSet": "Load Negation Set", "NegationSetFromImages": "Negation Set from Images",
     "BuildNegationBank": "Build Negation Bank", "SaveNegationBank": "Save Negation Bank", "LoadNegationBank": "Load Negation Bank",
     "SampleReferenceBank": "Sample Reference Bank", "Apply": "Apply Safe Denoiser", "KSampler": "Safe KSampler",
-    "Report": "Safe Denoiser Report", "ClassCondition": "Class Condition",
+    "CombineNegationSets": "Combine Negation Sets", "Report": "Safe Denoiser Report", "ClassCondition": "Class Condition",
 }
 
 
@@ -48,9 +53,11 @@ def test_every_input_and_output_explains_itself(pack):
 def test_a_set_with_its_preview(run, sets):
     paint(sets / "people/alice", "a.png", "b.png")
     (sets / "people/alice/c.png").write_bytes(b"")
+    size = sum(path.stat().st_size for path in (sets / "people/alice").iterdir())
+    describe = f"people/alice: 2 pictures, 1 skipped, {size / 1024:.3g} KB"
     for style, images in (("blurred", 1), ("shown", 1), ("off", 0)):
         output = run("LoadNegationSet", folder="people/alice", preview=style)
-        assert len(output.result[0]) == 2 and output.result[1] == "people/alice: 2 pictures, 1 skipped\nskipped c.png: empty file"
+        assert len(output.result[0]) == 2 and output.result[1] == describe + "\nskipped c.png: empty file"
         assert len(output.ui.as_dict()["images"] if output.ui else []) == images
     assert len(run("LoadNegationSet", folder="people/alice", max_images=1, preview="off").result[0]) == 1
 
@@ -62,6 +69,72 @@ def test_the_combo_lists_every_folder_with_pictures(pack, sets):
     assert options == ["people/alice", "tiny_ones_and_fours", "tiny_sevens"]
     banks = pack["SafeDenoiserLoadNegationBank"].GET_SCHEMA().inputs[0].options
     assert banks == ["tiny_reference.safetensors"]
+
+
+def test_zip_files_and_saved_banks_are_sets(pack, run, tiny, sets, comfy):
+    import folder_paths
+
+    paint(sets / "people", "a.png", "b.png")
+    with zipfile.ZipFile(sets / "packed.zip", "w") as archive:
+        for path in sorted((sets / "people").iterdir()):
+            archive.write(path, f"inside/{path.name}")
+    banks = Path(folder_paths.get_output_directory()) / "negation_banks"
+    run("SaveNegationBank", negation_bank=tiny.bank, filename_prefix="sevens")
+    options = pack["SafeDenoiserLoadNegationSet"].GET_SCHEMA().inputs[0].options
+    assert options == ["packed.zip", "people", "sevens_00001_.safetensors", "tiny_ones_and_fours", "tiny_sevens"]
+
+    def load(name, **choices):
+        assert pack["SafeDenoiserLoadNegationSet"].validate_inputs(folder=name) is True
+        output = run("LoadNegationSet", folder=name, **choices)
+        assert len(output.ui.as_dict()["images"]) == 1
+        return output.result[0]
+
+    assert load("packed.zip").fingerprints == load("people").fingerprints
+    saved = load("sevens_00001_.safetensors")
+    bank = run("BuildNegationBank", negation_set=saved, vae=tiny.vae, latent=tiny.latent()).result[0]
+    assert torch.equal(bank.latents, tiny.bank.latents) and bank.names == tiny.bank.names and bank.metadata["space"] == "vae"
+    assert len(load("sevens_00001_.safetensors", max_images=3)) == 3
+    save_bank(Bank(torch.rand(2, 16, 4, 4)), sets / "strange.safetensors")
+    with pytest.raises(ValueError, match="a bank in the space of an unknown model, not of a VAE; choose one that Save Negation Bank wrote"):
+        load("strange.safetensors")
+    for name in ("gone.zip", "gone.safetensors"):
+        message = pack["SafeDenoiserLoadNegationSet"].validate_inputs(folder=name)
+        assert message == f"negation set {name!r} is not on this machine; put the file there: {sets / name}, then press R"
+    shutil.rmtree(banks)
+
+
+def test_combined_sets_weigh_the_bank(run, tiny, sets):
+    paint(sets / "a", "1.png", "2.png")
+    paint(sets / "b", "3.png")
+    loaded = [run("LoadNegationSet", folder=name, preview="off").result[0] for name in "ab"]
+    negation_set, info = run("CombineNegationSets", set_1=loaded[0], set_3=loaded[1], weight_3=4.0).result
+    assert info.startswith("combined: 3 pictures, 0 skipped, ")
+    assert run("BuildNegationBank", negation_set=negation_set, vae=tiny.vae, latent=tiny.latent()).result[0].weights.tolist() == [1, 1, 4]
+    alone, _ = run("CombineNegationSets", set_1=loaded[0], set_2=loaded[1], weight_1=0.0).result
+    assert alone.names == ("3.png",)
+    with pytest.raises(ValueError, match="at least one above 0"):
+        run("CombineNegationSets", set_1=loaded[0], weight_1=0.0)
+
+
+def test_the_sampling_node_tells_how_it_goes(run, tiny, sample, monkeypatch):
+    """Through ComfyUI's progress text: some of the steps while it runs, and the verdict at the end."""
+    from comfy_execution.utils import CurrentNodeContext
+
+    sent = []
+    server = SimpleNamespace(send_progress_text=lambda text, node_id: sent.append((node_id, text)))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
+    monkeypatch.setattr("pack.nodes.live.SECONDS", 0)
+    with CurrentNodeContext("prompt", "7"):
+        _, report = sample.safe()
+        assert {node for node, _ in sent} == {"7"}
+        assert [text.partition(":")[0] for _, text in sent] == [f"call {i}" for i in range(1, 6)] + [report.verdict.replace(", ", "\n", 1)]
+        assert sent[0][1] == f"call 1: r {report.values['posterior'][0].max():.2f}, correction {report.values['correction'][0].max():.1%}"
+        sent.clear()
+        sample.safe(settings=dict(strength=0.0))
+        assert sent == [("7", "off: strength is 0")]
+    sent.clear()
+    sample.safe()
+    assert not sent, "outside a running workflow nobody is told"
 
 
 @pytest.mark.parametrize("name", ["../secret", "people/../../secret", "link", ""])
@@ -84,7 +157,7 @@ def test_absolute_names_are_refused(pack, run, sets):
 
 def test_a_missing_set_names_the_folder_to_create(pack, sets):
     message = pack["SafeDenoiserLoadNegationSet"].validate_inputs(folder="gone")
-    assert message == f"negation set 'gone' is not on this machine; create {sets / 'gone'}"
+    assert message == f"negation set 'gone' is not on this machine; create {sets / 'gone'} and put the pictures into it, then press R"
     (sets / "empty").mkdir()
     assert pack["SafeDenoiserLoadNegationSet"].validate_inputs(folder="empty") is True
 
@@ -217,3 +290,10 @@ def test_the_report_node(run, tiny, sample):
     assert plot.shape == (1, 480, 870, 3) and "corrected 6 of 6 model calls" in table
     assert len(output.ui["images"]) == 1 and output.ui["text"] == (table,)
     assert run("Report", report=report).result[0].shape == (1, 480, 720, 3)
+    assert "6 model calls, window open in calls 1 to 6 (sigma 1.000 to " in table
+    noise = NegationSet.from_images((torch.rand(40, 64, 64, 3) > 0.5).float())
+    off, shown = (run("Report", report=report, negation_set=noise, preview=style).result[0] for style in ("off", "shown"))
+    assert off.shape == (1, 480, 720, 3), "off draws no pictures"
+    sharpness = [picture[0, 50:450, 740:850].diff(dim=1).abs().mean()
+                 for picture in (run("Report", report=report, negation_set=noise).result[0], shown)]
+    assert sharpness[1] > 5 * sharpness[0], "blurred unless asked"

@@ -184,7 +184,8 @@ def test_what_is_broken_is_noticed(what, object_info):
 # --- what a person sees --------------------------------------------------------------------------------------------
 
 def test_the_page_lists_them_with_thumbnails(server):
-    assert set(NAMES) >= {"tiny_digits", "sd15", "sdxl", "sd35", "flux", "apply_sampler_custom_advanced"}
+    assert set(NAMES) >= {"tiny_digits", "sd15", "sdxl", "sd35", "flux", "apply_sampler_custom_advanced",
+                          "compare_off_on", "xy_strength_window", "generate_negation_set"}
     assert sorted(server.get("/workflow_templates")["comfyui-safe-denoiser"]) == NAMES
     for name in NAMES:
         data = server.request(f"/api/workflow_templates/comfyui-safe-denoiser/{name}.jpg")
@@ -247,8 +248,11 @@ def draw(server, object_info):
 
     def run(name, **changes):
         prompt = to_prompt(load(name), object_info, **changes)
-        outputs = {prompt[key]["class_type"]: value for key, value in server.run(prompt)["outputs"].items()}
+        ran = server.run(prompt)["outputs"].items()
+        outputs = {prompt[key]["class_type"]: value for key, value in ran if prompt[key]["class_type"] != "SafeDenoiserSaveNegationBank"}
         pictures = {kind: pixels(outputs[kind]["images"]) for kind in ("SaveImage", "PreviewImage") if kind in outputs}
+        if "SafeDenoiserReport" not in outputs:
+            return pictures, ""
         assert outputs["PreviewAny"]["text"] == outputs["SafeDenoiserReport"]["text"]
         return pictures, outputs["SafeDenoiserReport"]["text"][0]
     return run
@@ -284,3 +288,37 @@ def test_apply_with_a_custom_sampler_runs_and_equals_the_safe_ksampler(draw, dig
         custom, _ = draw("apply_sampler_custom_advanced", noise_seed=1, strength=strength)
         safe, _ = draw("tiny_digits", seed=1, strength=strength)
         assert np.array_equal(custom["SaveImage"], safe["SaveImage"]), strength
+
+
+def cells(sheets, rows, columns):
+    """The pictures of sheets that a workflow stitched with lines of 2, enlarged four times and set in a margin of 16."""
+    inner = sheets[:, 16:-16, 16:-16]
+    assert inner.shape[1:3] == (4 * (34 * rows - 2), 4 * (34 * columns - 2))
+    return [[inner[:, 136 * row:136 * row + 128, 136 * column:136 * column + 128] for column in range(columns)] for row in range(rows)]
+
+
+def test_compare_shows_off_beside_on(draw, digits):
+    pictures, report = draw("compare_off_on")
+    (off, on), = cells(pictures["SaveImage"], 1, 2)
+    alone, _ = draw("tiny_digits", seed=7)
+    assert np.array_equal(off, alone["PreviewImage"]) and np.array_equal(on, alone["SaveImage"])
+    assert (digits(off) == 7).any() and not (digits(on) == 7).any()
+    assert report.startswith("corrected 20 of 20 model calls")
+
+
+def test_the_sheet_has_strength_by_window(draw):
+    pictures, _ = draw("xy_strength_window")
+    sheet = cells(pictures["SaveImage"], 3, 3)
+    for row, strength in enumerate((0.2, 0.5, 1)):
+        for column, end in enumerate((0.05, 0.1, 1)):
+            alone, _ = draw("tiny_digits", seed=7, batch_size=4, strength=strength, end=end)
+            assert np.array_equal(sheet[row][column], alone["SaveImage"]), (strength, end)
+
+
+def test_a_set_that_the_model_made_itself_negates(draw, digits, server):
+    pictures, report = draw("generate_negation_set")
+    off, on = (digits(pictures[kind]) for kind in ("PreviewImage", "SaveImage"))
+    assert (off == 7).sum() >= 4 and (on == 7).sum() <= 1
+    assert report.startswith("corrected 20 of 20 model calls")
+    folders = server.get("/object_info/SafeDenoiserLoadNegationSet")["SafeDenoiserLoadNegationSet"]["input"]["required"]["folder"]
+    assert "generated_00001_.safetensors" in folders[1]["options"], "the bank that it saved is a set of the next run"

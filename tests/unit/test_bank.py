@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from safe_denoiser import Bank, LatentCache, NegationSet, encode_bank, load_bank, merge_banks, save_bank
+from safe_denoiser import Bank, LatentCache, NegationSet, combine_sets, encode_bank, load_bank, merge_banks, save_bank
 from safe_denoiser.bank import fit_picture
 
 
@@ -168,3 +168,26 @@ def test_two_builds_at_once_share_the_cache(pictures, tmp_path):
         thread.join()
     assert len(banks) == 4 and all(torch.equal(bank.latents, banks[0].latents) for bank in banks)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_weights_of_a_combined_set_reach_the_bank(pictures):
+    both = combine_sets([pictures, NegationSet.from_images(torch.rand(2, 32, 32, 3))], [1, 3])
+    bank = encode_bank(both, encode, (32, 32))
+    assert bank.weights.tolist() == [1] * 5 + [3] * 2
+    torch.testing.assert_close(bank.log_weights.exp(), torch.tensor([1.0] * 5 + [3.0] * 2) / 11)
+    assert encode_bank(pictures, encode, (32, 32)).weights is None
+
+
+def test_a_saved_bank_is_a_set(pictures):
+    bank = encode_bank(pictures, encode, (32, 32))
+
+    def refuse(image):
+        raise AssertionError("latents are not encoded")
+
+    negation_set = NegationSet.from_latents(bank.latents, bank.names)
+    again = encode_bank(negation_set, refuse, (32, 32))
+    assert torch.equal(again.latents, bank.latents) and again.names == bank.names
+    mixed = encode_bank(combine_sets([negation_set, pictures]), encode, (32, 32))
+    assert torch.equal(mixed.latents, torch.cat([bank.latents] * 2))
+    with pytest.raises(ValueError, match=r"the set mixes latents of shapes \[\(4, 4, 4\), \(4, 8, 8\)\]; a saved bank can be combined"):
+        encode_bank(combine_sets([negation_set, pictures]), encode, (64, 64))

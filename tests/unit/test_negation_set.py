@@ -1,11 +1,12 @@
 import os
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from safe_denoiser import NegationSet
+from safe_denoiser import NegationSet, combine_sets
 
 
 def picture(mode="RGB", size=(20, 10)):
@@ -130,3 +131,74 @@ def test_contact_sheet_is_blurred_unless_asked():
     blurred, shown = (np.asarray(negation_set.contact_sheet("stripes", blurred=b), float)[30:] for b in (True, False))
     assert blurred.shape == shown.shape
     assert np.abs(np.diff(shown, axis=1)).mean() > 20 * np.abs(np.diff(blurred, axis=1)).mean()
+
+
+def test_blurred_thumbnails_and_latents_without_a_picture():
+    stripes = NegationSet.from_images((torch.arange(64) % 2).float().view(1, 1, -1, 1).expand(1, 64, 64, 3))
+    assert len(stripes.thumbnail(0, 64, blurred=False).getcolors(10_000)) == 2
+    latents = NegationSet.from_latents(torch.rand(3, 4, 2, 2))
+    assert latents.thumbnail(1, 64).getcolors() == [(64 * 64, (128, 128, 128))]
+    assert latents.describe("saved") == "saved: 3 latents, 0 skipped, 192 B"
+    with pytest.raises(ValueError, match="holds latents and no picture; build the set from pictures instead"):
+        next(iter(latents))
+
+
+# --- zip files -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def zipped(tmp_path):
+    """A zip file with pictures at two depths, a damaged one, what macOS adds, and a text."""
+    for i in (10, 2):
+        picture(size=(20 + i, 10)).save(tmp_path / f"p{i}.png")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.write(tmp_path / "p10.png", "top/p10.png")
+        archive.write(tmp_path / "p2.png", "top/p2.png")
+        archive.writestr("top/damaged.png", (tmp_path / "p2.png").read_bytes()[:200])
+        archive.writestr("__MACOSX/top/._p2.png", b"resource fork")
+        archive.writestr("top/notes.txt", b"no picture")
+    return tmp_path / "set.zip"
+
+
+def test_a_zip_file_reads_as_its_folder_does(zipped):
+    negation_set = NegationSet.from_zip(zipped)
+    assert negation_set.names == ("top/p2.png", "top/p10.png")
+    assert [name for name, _ in negation_set.skipped] == ["top/damaged.png"]
+    folder = NegationSet.from_folder(zipped.parent)
+    assert negation_set.fingerprints == folder.fingerprints, "the same pictures share the cache of latents"
+    assert all(torch.equal(a, b) for a, b in zip(negation_set, folder))
+    assert negation_set.size == folder.size > 0
+    assert NegationSet.from_zip(zipped, max_images=1).names == ("top/p2.png",)
+
+
+def test_zip_files_that_cannot_be_used(tmp_path):
+    with pytest.raises(FileNotFoundError, match="'gone.zip' does not exist; put a zip file of pictures at"):
+        NegationSet.from_zip(tmp_path / "gone.zip")
+    (tmp_path / "text.zip").write_text("no zip file")
+    with pytest.raises(ValueError, match="'text.zip' is not a readable zip file"):
+        NegationSet.from_zip(tmp_path / "text.zip")
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    with pytest.raises(ValueError, match="zip file 'empty.zip' has no readable picture; put PNG, JPEG or WebP files into"):
+        NegationSet.from_zip(tmp_path / "empty.zip")
+
+
+def test_a_member_too_large_is_never_unpacked(zipped, monkeypatch):
+    monkeypatch.setattr("safe_denoiser.negation_set.LARGEST", 10)
+    with pytest.raises(ValueError, match="has no readable picture .3 unreadable.(.|\n)*larger than 256 MB"):
+        NegationSet.from_zip(zipped)
+
+
+# --- combined sets -------------------------------------------------------------------------------------------------
+
+def test_combined_sets_weigh_each_picture():
+    one, two = NegationSet.from_images(torch.rand(2, 8, 8, 3)), NegationSet.from_images(torch.rand(3, 8, 8, 3))
+    plain = combine_sets([one, two])
+    assert len(plain) == 5 and plain.weights == () and plain.fingerprints == one.fingerprints + two.fingerprints
+    weighed = combine_sets([one, two], [1, 0.5])
+    assert weighed.weights == (1, 1, 0.5, 0.5, 0.5) and weighed.fingerprint != plain.fingerprint
+    assert combine_sets([weighed, one], [2, 3]).weights == (2, 2, 1, 1, 1, 3, 3), "weights multiply"
+    assert combine_sets([one, two], [0, 3]).fingerprint == two.fingerprint, "0 leaves a set out, and one weight alone changes nothing"
+    assert torch.equal(list(weighed)[3], list(two)[1])
+    for wrong in ([0, 0], [1, -1]):
+        with pytest.raises(ValueError, match="need numbers of 0 or more, and at least one above 0"):
+            combine_sets([one, two], wrong)

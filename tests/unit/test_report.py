@@ -18,12 +18,14 @@ def test_counts_follow_the_window():
     report = run([1.0, 0.8, 0.5, 0.2], sigma_start=0.9, sigma_end=0.2)
     assert report.summary["model_calls"] == 4 and report.summary["corrected_calls"] == 2
     assert report.verdict.startswith("corrected 2 of 4 model calls, posterior up to 1.00")
-    assert len(report.table().splitlines()) == 2 + 4
+    assert len(report.table().splitlines()) == 3 + 4
+    assert report.counts == "4 model calls, window open in calls 2 to 3 (sigma 0.800 to 0.500), 0 clamps, 0 fallbacks"
 
 
 @pytest.mark.parametrize("settings, denoised, verdict", [
     (dict(sigma_start=0.1), None, "nothing was corrected: none of the 2 model calls lay in the window"),
-    (dict(method="official", threshold=1e9), None, "the bank never came near: posterior below 0.01"),
+    (dict(method="official", threshold=1e9), None, "nothing was corrected: the bank never came near, r < 0.01 at every step"),
+    (dict(strength=1e-6), None, "nothing to see: r reached 1.00, but the largest correction was 5e-07 of the prediction; raise strength"),
     ({}, torch.full((2, 4, 4, 4), math.nan), "the model gave NaN or infinity 4 times"),
 ])
 def test_a_run_that_did_nothing_says_why(settings, denoised, verdict):

@@ -1,0 +1,32 @@
+"""Numbers on the sampling node while it runs, through ComfyUI's own progress text."""
+import sys
+import time
+
+from comfy_execution.utils import get_executing_context
+
+from ..safe_denoiser import Report
+from ..safe_denoiser.report import live
+
+SECONDS = 0.5  # between two messages: each one reads numbers from the device
+
+
+class Live:
+    """Sends a line about the run to the node that samples; without a server or a running workflow it does nothing."""
+
+    def __init__(self):
+        self.next, self.context = time.monotonic() + SECONDS, get_executing_context()
+        self.server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+    def send(self, text: str) -> None:
+        if self.context is not None and self.server is not None:
+            self.server.send_progress_text(text, self.context.node_id)
+
+    def show(self, steps: list) -> None:
+        """Tell of the last step but one: its numbers are there already, so that reading them does not wait for the running step."""
+        if len(steps) >= 2 and time.monotonic() >= self.next:
+            self.next = time.monotonic() + SECONDS
+            self.send(live(steps[-2], len(steps) - 1))
+
+    def end(self, report: Report) -> None:
+        """Leave the verdict on the node, in lines as short as its text is wide."""
+        self.send(Report(list(report.steps)).verdict.replace(", ", "\n", 1) if report.steps else "off: strength is 0")

@@ -1,0 +1,226 @@
+"""What an artist does with the pack, in ComfyUI's own page."""
+import copy
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dev import ROOT
+
+TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
+PAGES = sorted(path.stem for path in (ROOT / "web/docs").glob("*.md"))
+ON = {"SafeDenoiserLoadNegationSet", "SafeDenoiserBuildNegationBank", "SafeDenoiserKSampler", "VAEDecode", "ImageScaleBy", "SaveImage",
+      "SafeDenoiserReport", "PreviewAny"}  # what follows the set in tiny_digits
+
+
+def sharpness(picture):
+    return np.abs(np.diff(picture[40:].astype(float), axis=1)).mean()
+
+
+def test_every_template_opens(page):
+    """From the Templates browser, under the pack's name and with a thumbnail: no missing node, no red link."""
+    for name in TEMPLATES:
+        page.view.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        page.view.get_by_text("comfyui-safe-denoiser", exact=True).first.click()
+        card = page.view.get_by_test_id(f"template-workflow-{name}")
+        card.scroll_into_view_if_needed()
+        page.view.wait_for_function("name => document.querySelector(`[data-testid=template-workflow-${name}] img`)?.naturalWidth >= 320",
+                                    arg=name)
+        card.click()
+        nodes = len(json.loads((ROOT / f"example_workflows/{name}.json").read_text(encoding="utf-8"))["nodes"])
+        page.view.wait_for_function(f"app.graph.nodes.length === {nodes}")
+        page.view.wait_for_timeout(300)
+        found = page.view.evaluate("""() => ({
+            missing: app.graph.nodes.filter(n => !LiteGraph.registered_node_types[n.type] || n.has_errors).map(n => n.type),
+            links: [...app.graph.links.values()].filter(l => !app.graph.getNodeById(l.origin_id)?.outputs[l.origin_slot]
+                                                          || !app.graph.getNodeById(l.target_id)?.inputs[l.target_slot]).length,
+            slots: app.graph.nodes.flatMap(n => n.inputs ?? []).filter(i => i.link != null && !app.graph.links.get(i.link)).length,
+            dialogs: [...document.querySelectorAll('.p-dialog')].map(d => d.innerText),
+        })""")
+        assert found["missing"] == [] and found["links"] == found["slots"] == 0, (name, found)
+        assert not any("node" in text.lower() and "missing" in text.lower() for text in found["dialogs"]), (name, found)
+        page.close_dialogs()
+
+
+def test_the_tiny_workflow_runs_and_another_set_reruns_only_what_follows(page):
+    page.load("tiny_digits")
+    first = page.run()
+    assert ON <= page.executed(first)
+    off, on = page.pictures("PreviewImage", first), page.pictures("SaveImage", first)
+    assert len(off) == len(on) == 16 and all(picture.shape == (128, 128, 3) for picture in on)
+    assert any((a != b).any() for a, b in zip(off, on))
+    assert page.values("SafeDenoiserKSampler")["$$node-text-preview"].startswith("corrected 20 of 20 model calls")
+
+    page.choose("SafeDenoiserLoadNegationSet", "folder", "tiny_ones_and_fours")
+    second = page.run()
+    assert page.executed(second) == ON
+    ran = [node["class_type"] for key, node in second["prompt"][2].items()
+           if key not in dict(second["status"]["messages"])["execution_cached"]["nodes"]]
+    assert ran.count("VAEDecode") == ran.count("ImageScaleBy") == 1, "those of the stock sampler did not run again"
+    assert any((a != b).any() for a, b in zip(on, page.pictures("SaveImage", second)))
+    third = page.run()
+    assert page.executed(third) <= {"SaveImage", "PreviewImage", "SafeDenoiserReport", "PreviewAny"}, "nothing changed, nothing is sampled"
+
+
+def test_the_live_text_stays_out_of_the_workflow(page):
+    page.load("tiny_digits")
+    before = {node["id"]: node.get("widgets_values") for node in page.workflow()["nodes"]}
+    page.view.evaluate("app.graph.nodes.find(n => n.type === 'SafeDenoiserKSampler').widgets.find(w => w.name === 'strength').value = 0.7")
+    page.run()
+    assert "$$node-text-preview" in page.values("SafeDenoiserKSampler"), "the text is on the node"
+    after = {node["id"]: node.get("widgets_values") for node in page.workflow()["nodes"] if node["type"] == "SafeDenoiserKSampler"}
+    for key, values in after.items():
+        assert values == [0.7 if i == 8 else value for i, value in enumerate(before[key])]
+
+
+def test_previews_are_blurred_until_asked(page):
+    page.load("tiny_digits")
+    page.view.evaluate("app.graph.nodes.find(n => n.type === 'SafeDenoiserLoadNegationSet').widgets[1].value = 24")
+    sheets = {}
+    for style in ("blurred", "shown"):
+        if style != "blurred":
+            page.choose("SafeDenoiserLoadNegationSet", "preview", style)
+            page.choose("SafeDenoiserReport", "preview", style)
+        entry = page.run()
+        sheets[style] = (page.pictures("SafeDenoiserLoadNegationSet", entry)[0],
+                         page.pictures("SafeDenoiserReport", entry)[0][:, 740:850])
+    for blurred, shown in zip(sheets["blurred"], sheets["shown"]):
+        assert blurred.shape == shown.shape and (blurred != shown).any()
+    assert sharpness(sheets["shown"][0]) > 1.5 * sharpness(sheets["blurred"][0]) > 0
+    page.choose("SafeDenoiserLoadNegationSet", "preview", "off")
+    entry = page.run()
+    number = next(key for key, node in entry["prompt"][2].items() if node["class_type"] == "SafeDenoiserLoadNegationSet")
+    assert number not in entry["outputs"], "off makes and stores no preview"
+
+
+def test_each_node_has_its_help_panel(page):
+    for node_id in PAGES:
+        page.view.evaluate("""node_id => { app.graph.clear(); const node = LiteGraph.createNode(node_id); app.graph.add(node);
+            node.pos = [0, 0]; app.canvas.ds.offset = [700, 300]; app.canvas.ds.scale = 1; app.canvas.selectNode(node) }""", node_id)
+        page.view.mouse.click(*page.place(node_id))
+        page.view.get_by_test_id("info-button").click()
+        panel = page.view.locator(".node-help-content")
+        panel.get_by_text("Messages and their cures").wait_for(timeout=10_000)
+        title = (ROOT / f"web/docs/{node_id}.md").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        assert panel.locator("h1").inner_text() == title
+        page.view.wait_for_function("document.querySelector('.node-help-content img')?.naturalWidth > 300")
+        assert page.view.evaluate("document.querySelectorAll('.node-help-content table').length") == 3
+        page.press("Escape")
+
+
+def test_undo_redo_and_copies_keep_the_values(page):
+    page.load("apply_sampler_custom_advanced")
+    original = page.values("SafeDenoiserApply")
+    page.choose("SafeDenoiserApply", "method", "spell")
+    page.press("Control+z")
+    assert page.values("SafeDenoiserApply") == original
+    page.press("Control+y")
+    changed = page.values("SafeDenoiserApply")
+    assert changed == {**original, "method": "spell"}
+    for kind in ("SafeDenoiserApply", "SafeDenoiserLoadNegationSet", "SafeDenoiserClassCondition", "SafeDenoiserReport"):
+        values = page.values(kind)
+        count = page.view.evaluate("kind => app.graph.nodes.filter(n => n.type === kind).length", kind)
+        page.view.mouse.click(*page.place(kind))
+        page.press("Control+c", "Control+v")
+        assert page.values(kind, count) == values, kind
+        page.press("Control+z")
+        assert page.view.evaluate("kind => app.graph.nodes.filter(n => n.type === kind).length", kind) == count
+
+
+def graph(workflow):
+    """Nodes and links: without the sizes that pictures and texts give to a node, and without what only one way of saving writes."""
+    nodes = copy.deepcopy(workflow["nodes"])
+    for node in nodes:
+        node["inputs"] = [slot for slot in node.get("inputs", []) if "widget" not in slot or slot["link"] is not None]
+        for slot in [*node["inputs"], *node["outputs"]]:
+            slot.pop("localized_name", None)
+        node.pop("size"), node.pop("flags", None)
+    return nodes, workflow["links"]
+
+
+def test_a_saved_workflow_and_its_picture_bring_everything_back(page, server):
+    page.load("tiny_digits")
+    page.view.evaluate("""() => { for (const n of app.graph.nodes) if (n.type.endsWith('KSampler'))
+        n.widgets.find(w => w.name === 'seed').value = 4321 }""")
+    entry = page.run()
+    key = next(key for key, node in entry["prompt"][2].items() if node["class_type"] == "SaveImage")
+    picture = server.view(entry["outputs"][key]["images"][3])
+    before = page.workflow()
+
+    page.view.evaluate("void app.extensionManager.command.execute('Comfy.SaveWorkflow')")
+    page.view.locator(".p-dialog input").fill("kept")
+    page.view.keyboard.press("Enter")
+    saved = Path(server.base) / "user/default/workflows/kept.json"
+    server.wait_for(saved.is_file, 20)
+    assert graph(json.loads(saved.read_text(encoding="utf-8"))) == graph(before)
+
+    page.open()
+    page.view.evaluate("app.graph.clear()")
+    page.drop(picture, "picture.png")
+    assert graph(page.workflow()) == graph(before)
+    assert page.values("SafeDenoiserKSampler")["seed"] == 4321
+    server.post("/free", {"free_memory": True})  # forget results, so that the picture is drawn again
+    page.view.wait_for_timeout(1500)
+    again = page.run()
+    assert "SafeDenoiserKSampler" in page.executed(again)
+    redrawn = server.view(again["outputs"][key]["images"][3])
+    assert np.array_equal(*(np.array(Image.open(io.BytesIO(data)).convert("RGB")) for data in (picture, redrawn)))
+
+
+def test_a_set_that_is_gone_is_named_on_the_node(page, own_set):
+    page.load("tiny_digits")
+    page.press("r")
+    page.view.wait_for_timeout(1500)
+    page.choose("SafeDenoiserLoadNegationSet", "folder", "mine")
+    page.run()
+    shutil.rmtree(own_set)
+    page.press("r")
+    page.view.wait_for_timeout(1500)
+    options = page.view.evaluate("app.graph.nodes.find(n => n.type === 'SafeDenoiserLoadNegationSet').widgets[0].options.values")
+    assert "mine" not in options and "tiny_sevens" in options
+    assert page.values("SafeDenoiserLoadNegationSet")["folder"] == "mine", "the workflow keeps its choice"
+    page.view.get_by_test_id("queue-button").click()
+    page.view.wait_for_function("app.lastNodeErrors && Object.keys(app.lastNodeErrors).length")
+    errors = page.view.evaluate("""() => Object.entries(app.lastNodeErrors).map(([id, e]) => [app.graph.getNodeById(Number(id)).type,
+        e.errors.map(x => x.details)])""")
+    assert [kind for kind, _ in errors] == ["SafeDenoiserLoadNegationSet"] and len(errors[0][1]) == 1, errors
+    assert f"negation set 'mine' is not on this machine; create {own_set} and put the pictures into it, then press R" in errors[0][1][0]
+    toast = page.view.locator(".p-toast-message-error")
+    toast.wait_for(timeout=5000)
+    assert str(own_set) in toast.inner_text() and "Load Negation Set" in toast.inner_text(), "part of the workflow still runs"
+    page.view.evaluate("""() => { for (const n of [...app.graph.nodes]) if (['PreviewImage', 'KSampler'].includes(n.type))
+        app.graph.remove(n) }""")
+    page.view.get_by_test_id("queue-button").click()
+    dialog = page.view.locator(".p-dialog")
+    dialog.wait_for(timeout=5000)
+    assert str(own_set) in dialog.inner_text() and "SafeDenoiserLoadNegationSet" in dialog.inner_text(), "nothing can run"
+    page.console.clear()  # the page logs the refused prompt, as it must
+
+
+@pytest.fixture
+def japanese(page):
+    def switch(language):
+        page.view.evaluate("async language => { await app.extensionManager.setting.set('Comfy.Locale', language) }", language)
+        page.view.wait_for_timeout(500)
+
+    switch("ja")
+    page.open()
+    yield page
+    switch("en")
+
+
+def test_names_and_tooltips_follow_the_language(japanese):
+    page, words = japanese, json.loads((ROOT / "locales/ja/nodeDefs.json").read_text(encoding="utf-8"))["SafeDenoiserApply"]
+    page.view.evaluate("() => { app.graph.clear(); const node = LiteGraph.createNode('SafeDenoiserApply'); app.graph.add(node) }")
+    labels = page.view.evaluate("app.graph.nodes[0].widgets.map(w => w.label)")
+    assert labels == [words["inputs"][name]["name"] for name in page.values("SafeDenoiserApply")]
+    x, y = page.place("SafeDenoiserApply", "weight")
+    page.view.mouse.move(x - 60, y - 2)
+    page.view.mouse.move(x - 60, y)
+    tooltip = page.view.locator(".node-tooltip")
+    tooltip.wait_for(timeout=5000)
+    assert tooltip.inner_text() == words["inputs"]["weight"]["tooltip"].replace("{'|'}", "|")

@@ -1,0 +1,70 @@
+"""Every node, input and output has its words in every language; the schemas that ComfyUI sees are the measure."""
+import json
+import re
+
+import pytest
+
+from dev import ROOT
+
+LANGUAGES = ("en", "zh", "ja", "ko", "fr", "es")
+SCRIPT = {"zh": r"[\u4e00-\u9fff]", "ja": r"[\u3040-\u30ff]", "ko": r"[\uac00-\ud7af]"}
+
+
+def words(language):
+    return json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+def plain(text):
+    """What the page shows: its message format reads a bare | as a plural and a bare @ as a link, so both are written in quotes."""
+    bare = re.sub(r"\{'[|@]'\}", "", text)
+    assert not re.search(r"[|@{}]", bare), text
+    return re.sub(r"\{'([|@])'\}", r"\1", text)
+
+
+@pytest.fixture(scope="module")
+def schemas(pack):
+    return {node_id: node.GET_SCHEMA() for node_id, node in pack.items()}
+
+
+def test_these_languages_are_there():
+    assert sorted(path.name for path in (ROOT / "locales").iterdir()) == sorted(LANGUAGES)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_id_input_and_output_has_an_entry(language, schemas):
+    found = words(language)
+    assert sorted(found) == sorted(schemas)
+    for node_id, schema in schemas.items():
+        entry = found[node_id]
+        assert set(entry) == {"display_name", "description", "inputs", "outputs"}, node_id
+        assert set(entry["inputs"]) == {one.id for one in schema.inputs}, node_id
+        assert set(entry["outputs"]) == {str(i) for i in range(len(schema.outputs))}, node_id
+        for thing in [*entry["inputs"].values(), *entry["outputs"].values()]:
+            assert set(thing) == {"name", "tooltip"} and thing["name"] and thing["tooltip"], (node_id, thing)
+
+
+def test_english_is_what_the_nodes_say(schemas):
+    for node_id, entry in words("en").items():
+        schema = schemas[node_id]
+        assert (entry["display_name"], plain(entry["description"])) == (schema.display_name, schema.description)
+        for one in schema.inputs:
+            assert (entry["inputs"][one.id]["name"], plain(entry["inputs"][one.id]["tooltip"])) == (one.id, one.tooltip)
+        for i, one in enumerate(schema.outputs):
+            assert (entry["outputs"][str(i)]["name"], plain(entry["outputs"][str(i)]["tooltip"])) == \
+                (one.display_name or one.io_type, one.tooltip)
+
+
+@pytest.mark.parametrize("language", [language for language in LANGUAGES if language != "en"])
+def test_the_others_are_translated(language):
+    english = words("en")
+    for node_id, entry in words(language).items():
+        pairs = [(entry["description"], english[node_id]["description"])]
+        pairs += [(entry[part][key]["tooltip"], english[node_id][part][key]["tooltip"]) for part in ("inputs", "outputs")
+                  for key in entry[part]]
+        assert entry["display_name"] != english[node_id]["display_name"]
+        for theirs, ours in pairs:
+            plain(theirs)
+            assert theirs != ours, (node_id, theirs)
+            assert re.search(SCRIPT.get(language, "."), theirs), (node_id, theirs)
+            numbers = [re.findall(r"\d+(?:\.\d+)?", re.sub(r"\w*_\d|pooled", "", text)) for text in (theirs, ours)]
+            assert set(numbers[0]) >= set(numbers[1]), (node_id, theirs, ours)
