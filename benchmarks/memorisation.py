@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from safe_denoiser import Bank, SafeDenoiser
 from tiny_digits.networks import MMDiT
-from tiny_digits.train import fit, random_prompts
+from tiny_digits.train import fit, flow_loss
 from tiny_digits.world import LATENT, prompt
 
 from .safety import data, energy_distance, look, world
@@ -37,9 +36,7 @@ def memorised(steps: int) -> MMDiT:
 
     def loss():
         rows = torch.where(torch.rand(96) < 0.8, chosen[torch.randint(20, (96,))], others[torch.randint(len(others), (96,))])
-        x0, noise, sigma = latents[rows].clone(), torch.randn(96, *LATENT), torch.sigmoid(1.2 * torch.randn(96) + 0.3)
-        s = sigma.view(-1, 1, 1, 1)
-        return F.mse_loss(model((1 - s) * x0 + s * noise, sigma, random_prompts(labels[rows])), noise - x0)
+        return flow_loss(model, latents[rows].clone(), labels[rows])
 
     torch.manual_seed(0)
     return fit(model, loss, steps, 5e-4, average=0.99)

@@ -19,15 +19,14 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from safe_denoiser import Bank, SafeDenoiser, load_bank
-from tiny_digits.networks import LATENT_SCALE, LATENT_SHIFT
-from tiny_digits.world import LATENT, REFERENCE, SUPERCLASSES, TinyDigits, digits_data, prompt, shifted, sigmas
+from safe_denoiser import Bank, SafeDenoiser
+from tiny_digits.world import LATENT, SUPERCLASSES, TinyDigits, digits_data, prompt, reference_bank, shifted, sigmas
 
 HERE = Path(__file__).parent
 QUICK = ("evidence, reference bank (default)", "official, strength 0.33", "control: bank of noise")
@@ -69,11 +68,7 @@ def bank(*digits: int, count: int = 150) -> Bank:
     return Bank(torch.cat([latents[labels == digit][:count // len(digits)] for digit in digits]))
 
 
-@cache
-def reference() -> Bank:
-    """The shipped reference bank, in model space."""
-    stored = load_bank(REFERENCE)
-    return replace(stored, latents=(stored.latents.float() - LATENT_SHIFT) * LATENT_SCALE, metadata={})
+reference = cache(reference_bank)
 
 
 def allowed(name: str, negated: int) -> list[int]:

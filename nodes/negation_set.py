@@ -4,10 +4,16 @@ import logging
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
+from PIL import Image
 
 from ..safe_denoiser import NegationSet, combine_sets
 from . import folders
 from .types import CATEGORY, NegationSetType
+
+
+def to_image(picture: Image.Image) -> torch.Tensor:
+    """A Pillow picture as ComfyUI's IMAGE: (1, H, W, 3) in [0, 1]."""
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
 
 
 def contact_sheet(negation_set: NegationSet, name: str, style: str, cls) -> ui.PreviewImage | None:
@@ -15,7 +21,7 @@ def contact_sheet(negation_set: NegationSet, name: str, style: str, cls) -> ui.P
     if style == "off":
         return None
     sheet = negation_set.contact_sheet(name, blurred=style == "blurred")
-    return ui.PreviewImage(torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 255)[None], cls=cls)
+    return ui.PreviewImage(to_image(sheet), cls=cls)
 
 
 SHEET = ("Contact sheet on the node, up to 16 pictures. Blurred by default, since sets hold what people do not want to see. off: no "

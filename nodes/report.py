@@ -1,10 +1,7 @@
 """Safe Denoiser Report: what the guidance did, as a picture and as text."""
-import numpy as np
-import torch
 from comfy_api.latest import io, ui
 
-from ..safe_denoiser import Report
-from .negation_set import preview_input
+from .negation_set import preview_input, to_image
 from .types import CATEGORY, NegationSetType, ReportType
 
 
@@ -29,10 +26,9 @@ class SafeDenoiserReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, report, samples=None, negation_set=None, preview="blurred") -> io.NodeOutput:
-        read = Report(list(report.steps), list(report.notes))  # the live one is filled again by the next run
-        picture = read.plot(negation_set=None if preview == "off" else negation_set, blurred=preview != "shown")
-        plot = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
-        return io.NodeOutput(plot, read.table(), ui={**ui.PreviewImage(plot, cls=cls).as_dict(), "text": (read.table(),)})
+        picture = report.plot(negation_set=None if preview == "off" else negation_set, blurred=preview != "shown")
+        plot, table = to_image(picture), report.table()
+        return io.NodeOutput(plot, table, ui={**ui.PreviewImage(plot, cls=cls).as_dict(), "text": (table,)})
 
 
 NODES = [SafeDenoiserReport]

@@ -225,15 +225,15 @@ class SafeDenoiser:
 
     def _beta(self, weight: str, p: Prediction, unsafe: Posterior) -> Tensor:
         """tracked, triangle, gate, constant: beta (B,) from the bank alone."""
+        if weight == "constant":
+            return torch.ones_like(p.sigma)
         level, spread, reach, trace = self.calibration.at(p.sigma, p.alpha)
         if weight == "gate":
             return methods.typicality(unsafe, level, spread)
         if weight == "triangle":
             return methods.triangle(p.denoised, unsafe.mean, reach)
-        if weight == "tracked":
-            r = self._tracked(p, unsafe, trace).exp()
-            return r / (1 - r)
-        return torch.ones_like(p.sigma)
+        r = self._tracked(p, unsafe, trace).exp()
+        return r / (1 - r)
 
     def _tracked(self, p: Prediction, unsafe: Posterior, trace: Tensor) -> Tensor:
         """log r of `methods.tracked`, in the frame where alpha = 1; starts at log prior, and again when sigma rises."""

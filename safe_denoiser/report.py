@@ -3,7 +3,6 @@ import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,7 +22,8 @@ def live(step: Step, call: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What the safe denoiser did over one run. The steps' tensors stay on their device until the report is read.
+    """What the safe denoiser did over one run. The steps' tensors stay on their device until the report is read, and are read anew
+    each time, so that a report whose steps are still being filled is never stale.
 
     Args:
         steps: one Step per model call, in order.
@@ -33,7 +33,7 @@ class Report:
     steps: Sequence[Step]
     notes: Sequence[str] = field(default=())
 
-    @cached_property
+    @property
     def values(self) -> dict[str, np.ndarray]:
         """Every field of Step as an array (calls, batch)."""
         names = Step.__dataclass_fields__
@@ -41,7 +41,7 @@ class Report:
             return {name: np.zeros((0, 0)) for name in names}
         return {name: torch.stack([getattr(step, name) for step in self.steps]).cpu().float().numpy() for name in names}
 
-    @cached_property
+    @property
     def summary(self) -> dict[str, float]:
         """Counts of one run; `posterior` and `correction` are the largest values seen."""
         v = self.values

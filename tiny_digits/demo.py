@@ -9,7 +9,6 @@ import io
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,10 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dev import ROOT as REPOSITORY
 from dev import Server
-from safe_denoiser import NegationSet, SafeDenoiser, encode_bank, load_bank
+from safe_denoiser import NegationSet, SafeDenoiser, encode_bank
 
-from .networks import LATENT_SCALE, LATENT_SHIFT
-from .world import LATENT, PROMPTS, ROOT, TinyDigits, prompt
+from .world import LATENT, PROMPTS, ROOT, TinyDigits, prompt, reference_bank
 
 PROMPT, NEGATED = "straight", 7
 SEEDS, BATCH = (1, 2), 96
@@ -68,8 +66,7 @@ def standalone(world):
     """The same `draw(seed, strength)` without ComfyUI, from the same noise."""
     pictures = NegationSet.from_folder(ROOT / "models/negation_sets/tiny_sevens")
     bank = encode_bank(pictures, lambda image: world.encode(image.movedim(-1, 0)[None])[0], (32, 32))
-    reference = load_bank(ROOT / "models/negation_banks/tiny_reference.safetensors")  # holds raw latents of the VAE
-    reference = replace(reference, latents=(reference.latents - LATENT_SHIFT) * LATENT_SCALE)
+    reference = reference_bank()
 
     def draw(seed, strength):
         noise = torch.randn(BATCH, *LATENT, generator=torch.Generator().manual_seed(seed))

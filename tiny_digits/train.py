@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from safe_denoiser import Bank, save_bank
 
 from .networks import LATENT_SCALE, LATENT_SHIFT, TAESD, Classifier, MMDiT, ResBlock
-from .world import FILES, LATENT, PROMPTS, REFERENCE, ROOT, SUPERCLASSES, TinyDigits, digits_data, prompt
+from .world import FILES, LATENT, PROMPTS, REFERENCE, ROOT, SUPERCLASSES, TinyDigits, digits_data, load, prompt
 
 
 def fit(model, loss, steps, rate, average=None):
@@ -91,16 +91,19 @@ def random_prompts(labels):
     return F.one_hot(index, 16).float() * (u < 0.85)[:, None]
 
 
+def flow_loss(model, x0, labels):
+    """Flow matching: v = noise - x0 at a logit-normal sigma, each label as one of its prompts."""
+    noise, sigma = torch.randn_like(x0), torch.sigmoid(1.2 * torch.randn(len(x0)) + 0.3)
+    s = sigma.view(-1, 1, 1, 1)
+    return F.mse_loss(model((1 - s) * x0 + s * noise, sigma, random_prompts(labels)), noise - x0)
+
+
 def train_model(latents, labels, steps):
-    """Flow matching: v = noise - x0 at a logit-normal sigma."""
     model = MMDiT()
 
     def loss():
         rows = torch.randint(len(latents), (96,))
-        x0, noise = latents[rows], torch.randn(96, *latents.shape[1:])
-        sigma = torch.sigmoid(1.2 * torch.randn(96) + 0.3)
-        s = sigma.view(-1, 1, 1, 1)
-        return F.mse_loss(model((1 - s) * x0 + s * noise, sigma, random_prompts(labels[rows])), noise - x0)
+        return flow_loss(model, latents[rows], labels[rows])
 
     return fit(model, loss, steps, 1.5e-3, average=0.995)
 
@@ -154,8 +157,6 @@ def main():
     if "vae" in parts:
         save(train_vae(pixels, options.vae_steps))
     if "model" in parts:
-        from .world import load
-
         vae = load(TAESD)
         with torch.inference_mode():
             latents = torch.cat([vae.encode(part) for part in pixels.split(256)]).clone()

@@ -5,6 +5,7 @@
 >>> world.digits(world.decode(latents))                     # doctest: +SKIP
 tensor([1, 4, 7, ...])
 """
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from .networks import TAESD, Classifier, MMDiT
+from safe_denoiser import Bank, load_bank
+
+from .networks import LATENT_SCALE, LATENT_SHIFT, TAESD, Classifier, MMDiT
 
 ROOT = Path(__file__).parent
 FILES = {
@@ -67,6 +70,12 @@ def load(network):
     model = network()
     model.load_state_dict({key: value.float() for key, value in load_file(FILES[network]).items()})
     return model.eval().requires_grad_(False)
+
+
+def reference_bank() -> Bank:
+    """The shipped reference bank, which holds raw latents of the VAE, in model space."""
+    stored = load_bank(REFERENCE)
+    return replace(stored, latents=(stored.latents.float() - LATENT_SHIFT) * LATENT_SCALE, metadata={})
 
 
 class TinyDigits:
