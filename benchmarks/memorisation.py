@@ -13,7 +13,7 @@ import torch
 
 from safe_denoiser import Bank, SafeDenoiser
 from tiny_digits.networks import MMDiT
-from tiny_digits.train import fit, flow_loss
+from tiny_digits.train import fit, flow_loss, random_prompts
 from tiny_digits.world import LATENT, prompt
 
 from .safety import data, energy_distance, look, world
@@ -36,7 +36,7 @@ def memorised(steps: int) -> MMDiT:
 
     def loss():
         rows = torch.where(torch.rand(96) < 0.8, chosen[torch.randint(20, (96,))], others[torch.randint(len(others), (96,))])
-        return flow_loss(model, latents[rows].clone(), labels[rows])
+        return flow_loss(model, latents[rows].clone(), random_prompts(labels[rows]))
 
     torch.manual_seed(0)
     return fit(model, loss, steps, 5e-4, average=0.99)

@@ -185,7 +185,7 @@ def renoised(name: str, seed: int, count: int) -> Pictures:
     x, label, schedule = torch.randn(count, *LATENT, generator=generator), prompt(name, count), sigmas(20)
     with torch.inference_mode():
         for i, (sigma, following) in enumerate(zip(schedule[:-1], schedule[1:])):
-            denoised, _ = world().denoised(x, sigma.expand(count), label, 2.0)
+            denoised = world().denoised(x, sigma.expand(count), label, 2.0)[0]
             slope = (x - denoised) / sigma
             if i < 0.22 * 20:
                 x = (1 - sigma) * denoised + sigma * torch.randn(x.shape, generator=generator)

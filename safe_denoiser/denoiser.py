@@ -21,6 +21,7 @@ WEIGHTS = ("auto", "evidence", "retain", "gate", "unconditional", "reference", "
 PUSHES = ("guided", "unconditional")
 TUNED = {"evidence": (0.25, 3.0), "retain": (0.4, 3.0), "unconditional": (0.3, 1.5)}  # prior and evidence, see benchmarks/RESULTS.md
 PLAIN = (0.25, 0.0)  # the others are there for comparison, as published: no evidence
+RELEASE = 0.7, 0.9  # share of the way to E_u that a prompt pulls: where its guidance begins to be let go, and where all of it is
 PERPLEXITY = 0.2  # share of the bank that the automatic temperature lets weigh, at noise of the bank's own spread
 
 
@@ -49,13 +50,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One model call, flat: x, denoised (B, D), sigma, alpha (B,), and the unconditional prediction (B, D) where there is one."""
+    """One model call, flat: x, denoised (B, D), sigma, alpha (B,), and what guidance made it of (B, D), where there is guidance."""
 
     x: Tensor
     denoised: Tensor
     sigma: Tensor
     alpha: Tensor
-    unconditional: Tensor | None
+    unconditional: Tensor | None = None
+    conditional: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,12 @@ class SafeDenoiser:
         reference = self.reference and weight not in ("retain", "unconditional") and self.density(self.reference, p)
         retain = self.retain and weight != "unconditional" and self.density(self.retain, p)
         other = p.unconditional if weight == "unconditional" else (reference or retain).mean
-        told = evidence * (methods.projection(p.denoised, unsafe.mean, other) - 0.5) if evidence else 0.0
+        told, most = torch.zeros_like(p.sigma), math.inf
+        if evidence:
+            error = sum(self._chance(bank, found, p) for bank, found in ((self.bank, unsafe), (self.reference, reference),
+                        (None if reference else self.retain, retain)) if found and bank)
+            t = methods.projection(p.denoised, unsafe.mean, other, error)
+            told, most = evidence * (t - 0.5), methods.mirror(t, prior)
         estimates = [methods.log_ratio(unsafe, reference, prior) + told] if reference else []
         estimates += [F.logsigmoid(methods.log_odds(unsafe, retain, prior) + told)] if retain else []
         log_r = torch.stack(estimates).mean(0) if estimates else math.log(prior) + told
@@ -220,8 +227,34 @@ class SafeDenoiser:
         r = log_r.clamp_max(ceiling).exp()
         if weight == "ratio_beta":
             return self._by_beta(p, unsafe, r / (1 - r))
-        direct = methods.from_retain if weight == "retain" else methods.from_reference
-        return Correction(direct(unsafe.mean, other, r), r, unsafe.weights.argmax(1), log_r > ceiling)
+        direction = (methods.from_retain(unsafe.mean, other, r) if weight == "retain" else
+                     methods.from_reference(unsafe.mean, other, r, most))
+        if evidence and p.unconditional is not None:
+            direction = direction + self._release(p, unsafe.mean, other, error)[:, None] * (p.unconditional - p.denoised)
+        return Correction(direction, r, unsafe.weights.argmax(1), log_r > ceiling)
+
+    def _chance(self, bank: Bank, found: Posterior, p: Prediction) -> Tensor:
+        s2 = p.sigma.square() + (p.alpha * self.kernel_bandwidth).square()
+        shrink = p.sigma.square() / s2
+        ybar = (found.mean - (p.alpha * self.kernel_bandwidth**2 / s2)[:, None] * p.x) / shrink[:, None]
+        spread = (found.weights @ bank.squared_norms.to(p.x) - ybar.square().sum(1)).clamp_min(0)
+        share = found.weights.square().sum(1)
+        return shrink.square() * spread * share / (1 - share).clamp_min(1e-6)
+
+    def _release(self, p: Prediction, unsafe_denoised: Tensor, other_denoised: Tensor, error) -> Tensor:
+        """How much of the guidance to let go, (B,): 0 up to a pull of RELEASE[0], 1 from RELEASE[1] on, the most that this run has seen.
+
+        A prompt that asks for the unsafe thing pulls most at the start, before x is anything, and goes on pulling to the end.
+        """
+        release = torch.zeros_like(p.sigma)
+        if p.conditional is not None:
+            pull = methods.pull(p.conditional, p.unconditional, unsafe_denoised, other_denoised, error)
+            release = ((pull - RELEASE[0]) / (RELEASE[1] - RELEASE[0])).clamp(0, 1)
+        before = self._memory.get("released")
+        if before is not None and before[0].shape == p.x.shape:
+            release = torch.where(p.sigma <= before[1], torch.maximum(release, before[2]), release)
+        self._memory["released"] = p.x, p.sigma, release
+        return release
 
     def _beta(self, weight: str, p: Prediction, unsafe: Posterior) -> Tensor:
         """tracked, triangle, gate, constant: beta (B,) from the bank alone."""
@@ -299,8 +332,9 @@ class SafeDenoiser:
             self._memory.update(mask=mask, parts=[((kind == k).nonzero()[:, 0], self.masked(m)) for k, m in enumerate(kinds)])
         parts = []
         for index, inside in self._memory["parts"]:
-            x, denoised, empty = (y if y is None else y[index] * inside.root for y in (p.x, p.denoised, p.unconditional))
-            part = inside.correct(Prediction(x, denoised, p.sigma[index], p.alpha[index], empty))
+            x, denoised, *guides = (y if y is None else y[index] * inside.root
+                                    for y in (p.x, p.denoised, p.unconditional, p.conditional))
+            part = inside.correct(Prediction(x, denoised, p.sigma[index], p.alpha[index], *guides))
             whole = torch.where(inside.root > 0, part.direction / inside.root, 0)
             parts.append((whole, part.posterior, part.nearest, part.clamped))
         order = torch.cat([index for index, _ in self._memory["parts"]]).argsort()
@@ -308,7 +342,8 @@ class SafeDenoiser:
 
     @torch.no_grad()
     def safe(self, x: Tensor, denoised: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0,
-             mask: Tensor | None = None, unconditional: Tensor | None = None) -> tuple[Tensor, Step | None]:
+             mask: Tensor | None = None, unconditional: Tensor | None = None,
+             conditional: Tensor | None = None) -> tuple[Tensor, Step | None]:
         """Correct one prediction.
 
         Args:
@@ -319,6 +354,7 @@ class SafeDenoiser:
             alpha: signal scale, a number or (B,); 1 for EPS, V and EDM models, 1 - sigma for flow models.
             mask: what is sampled, 1, and what is given, 0 (inpainting); broadcasts to x. None: all is sampled.
             unconditional: the model's E[x0 | x] under the empty prompt, shaped like x, where guidance computed it.
+            conditional: the same under the prompt, before guidance.
 
         Returns:
             safe_denoised in the shape and dtype of `denoised`, and the Step (None when strength is 0, where `denoised` itself
@@ -331,10 +367,11 @@ class SafeDenoiser:
             return denoised, None
         shaped, restore = self._frames(denoised)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        flat, predicted, empty = (y if y is None else self._frames(y)[0].flatten(1).to(dtype) for y in (x, denoised, unconditional))
+        flat, predicted, empty, asked = (y if y is None else self._frames(y)[0].flatten(1).to(dtype)
+                                         for y in (x, denoised, unconditional, conditional))
         sigma, alpha = (rows(value, flat)[:, 0].expand(len(x)).repeat_interleave(len(flat) // len(x)) for value in (sigma, alpha))
         inside = (sigma > self.sigma_end) & (sigma <= self.sigma_start)
-        prediction = Prediction(flat, predicted, sigma, alpha, empty)
+        prediction = Prediction(flat, predicted, sigma, alpha, empty, asked)
         if mask is None:
             correction = self.correct(prediction)
         else:

@@ -18,15 +18,43 @@ def log_odds(unsafe: Posterior, retain: Posterior, prior: float) -> Tensor:
     return math.log(prior / (1 - prior)) + unsafe.log_density - retain.log_density
 
 
-def projection(denoised: Tensor, unsafe_denoised: Tensor, other_denoised: Tensor) -> Tensor:
-    """t = <denoised - E_other, E_u - E_other> / |E_u - E_other|^2, (B,): 0 at the other mean, 1 at the unsafe mean. Ours."""
+def projection(denoised: Tensor, unsafe_denoised: Tensor, other_denoised: Tensor, error: Tensor | float = 0.0) -> Tensor:
+    """t = <denoised - E_other, E_u - E_other> / (|E_u - E_other|^2 - error), (B,): 0 at the other mean, 1 at the unsafe mean. Ours.
+
+    `error` (B,) is what the chance of the draw adds to the squared distance of two means of few pictures; at most half of it counts.
+    """
     axis = unsafe_denoised - other_denoised
-    return ((denoised - other_denoised) * axis).sum(1) / axis.square().sum(1).clamp_min(1e-12)
+    length = axis.square().sum(1)
+    return ((denoised - other_denoised) * axis).sum(1) / torch.maximum(length - error, length / 2).clamp_min(1e-12)
 
 
-def from_reference(unsafe_denoised: Tensor, reference_denoised: Tensor, r: Tensor) -> Tensor:
-    """r / (1 - r) (E_ref - E_u): E_safe - E_data by arXiv:2502.08011, Thm 3.2, since E_ref = (1 - r) E_safe + r E_u."""
-    return (r / (1 - r))[:, None] * (reference_denoised - unsafe_denoised)
+def pull(conditional: Tensor, unconditional: Tensor, unsafe_denoised: Tensor, other_denoised: Tensor,
+         error: Tensor | float = 0.0) -> Tensor:
+    """(t_c - t_e) / (1 - t_e), (B,): how far the prompt pulls from the unconditional prediction (0) to the unsafe mean (1). Ours.
+
+    t_c and t_e are the projections of the conditional prediction, without guidance, and of the unconditional one. At sigma = 1,
+    where x tells nothing, t_c is the share of unsafe pictures among what the prompt gives. The denominator is at least 1/2: a
+    negative prompt that itself asks for what the set shows makes no prompt look unsafe.
+    """
+    t_c, t_e = (projection(y, unsafe_denoised, other_denoised, error) for y in (conditional, unconditional))
+    return (t_c - t_e) / (1 - t_e).clamp_min(0.5)
+
+
+def from_reference(unsafe_denoised: Tensor, reference_denoised: Tensor, r: Tensor, most: Tensor | float = math.inf) -> Tensor:
+    """r / (1 - r) (E_ref - E_u): E_safe - E_data by arXiv:2502.08011, Thm 3.2, since E_ref = (1 - r) E_safe + r E_u.
+
+    `most` (B,) is a ceiling of r / (1 - r), see `mirror`.
+    """
+    return (r / (1 - r)).clamp_max(most)[:, None] * (reference_denoised - unsafe_denoised)
+
+
+def mirror(t: Tensor, prior: float) -> Tensor:
+    """2 (t - t_safe), (B,), t_safe = -prior / (1 - prior): the factor of E_ref - E_u that mirrors a prediction at E_safe. Ours.
+
+    t is its `projection`. Where r is uncertain r / (1 - r) may be anything; a prediction that is thrown further beyond E_safe than it
+    lay before it is no picture any more.
+    """
+    return 2 * (t + prior / (1 - prior)).clamp_min(0)
 
 
 def from_retain(unsafe_denoised: Tensor, retain_denoised: Tensor, r: Tensor) -> Tensor:

@@ -91,11 +91,11 @@ def random_prompts(labels):
     return F.one_hot(index, 16).float() * (u < 0.85)[:, None]
 
 
-def flow_loss(model, x0, labels):
-    """Flow matching: v = noise - x0 at a logit-normal sigma, each label as one of its prompts."""
+def flow_loss(model, x0, prompts):
+    """Flow matching: v = noise - x0 at a logit-normal sigma; prompts one-hot (B, 16)."""
     noise, sigma = torch.randn_like(x0), torch.sigmoid(1.2 * torch.randn(len(x0)) + 0.3)
     s = sigma.view(-1, 1, 1, 1)
-    return F.mse_loss(model((1 - s) * x0 + s * noise, sigma, random_prompts(labels)), noise - x0)
+    return F.mse_loss(model((1 - s) * x0 + s * noise, sigma, prompts), noise - x0)
 
 
 def train_model(latents, labels, steps):
@@ -103,7 +103,7 @@ def train_model(latents, labels, steps):
 
     def loss():
         rows = torch.randint(len(latents), (96,))
-        return flow_loss(model, latents[rows], labels[rows])
+        return flow_loss(model, latents[rows], random_prompts(labels[rows]))
 
     return fit(model, loss, steps, 1.5e-3, average=0.995)
 

@@ -85,25 +85,27 @@ class TinyDigits:
         self.model, self.vae, self.judge = load(MMDiT), load(TAESD), load(Classifier)
 
     def denoised(self, x, sigma, label, cfg):
-        """E[x0 | x] after classifier-free guidance, and under the empty prompt (None at cfg 1); sigma (B,)."""
+        """E[x0 | x] after classifier-free guidance, and what it is made of: under the empty prompt (None at cfg 1), under `label`."""
         s = sigma.view(-1, 1, 1, 1)
         if cfg == 1:
-            return x - s * self.model(x, sigma, label), None
+            positive = x - s * self.model(x, sigma, label)
+            return positive, None, positive
         both = self.model(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([label, torch.zeros_like(label)]))
         positive, empty = (x - s * v for v in both.chunk(2))
-        return empty + cfg * (positive - empty), empty
+        return empty + cfg * (positive - empty), empty, positive
 
     @torch.inference_mode()
     def sample(self, noise, label, cfg=2.0, steps=20, safe=None):
-        """Euler sampler of the flow (noise at sigma 1, alpha = 1 - sigma); `safe(x, denoised, sigma, alpha,
-        unconditional)` may correct each prediction, as `SafeDenoiser.safe` does. Returns model-space latents shaped like `noise`.
+        """Euler sampler of the flow (noise at sigma 1, alpha = 1 - sigma); `safe(x, denoised, sigma, alpha, unconditional,
+        conditional)` may correct each prediction, as `SafeDenoiser.safe` does. Returns model-space latents shaped like `noise`.
         """
         x, label = noise, label.expand(len(noise), -1)
         schedule = sigmas(steps)
         for sigma, following in zip(schedule[:-1], schedule[1:]):
-            denoised, empty = self.denoised(x, sigma.expand(len(x)), label, cfg)
+            denoised, empty, positive = self.denoised(x, sigma.expand(len(x)), label, cfg)
             if safe is not None:
-                denoised, _ = safe(x, denoised, sigma.expand(len(x)), alpha=1 - sigma, unconditional=empty)
+                denoised, _ = safe(x, denoised, sigma.expand(len(x)), alpha=1 - sigma, unconditional=empty,
+                                   conditional=positive)
             x = x + (x - denoised) / sigma * (following - sigma)
         return x
 
