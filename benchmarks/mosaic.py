@@ -48,9 +48,8 @@ def train(pictures: int, steps: int) -> None:
     print(f"{len(latents)} latents, mean {latents.mean():.3f}, std {latents.std():.3f}", flush=True)
     model = copy.deepcopy(world.model).requires_grad_(True).train()
     with torch.no_grad():  # each quadrant starts as the tiny model's whole picture, told apart by a little noise
-        grid = model.pos_embed.unflatten(1, (model.grid, model.grid))
-        tile = grid[:, 3:5, 3:5].clone()
-        grid[:, 2:6, 2:6] = tile.tile(1, 2, 2, 1) + grid[:, 2:6, 2:6] + 0.1 * torch.randn(1, 2, 2, grid.shape[-1]).repeat_interleave(2, 1).repeat_interleave(2, 2)
+        grid, place = model.pos_embed.unflatten(1, (model.grid, model.grid)), 0.1 * torch.randn(1, 2, 2, model.pos_embed.shape[-1])
+        grid[:, 2:6, 2:6] += grid[:, 3:5, 3:5].clone().tile(1, 2, 2, 1) + place.repeat_interleave(2, 1).repeat_interleave(2, 2)
 
     def loss():
         rows = torch.randint(len(latents), (64,))

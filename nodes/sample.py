@@ -78,12 +78,14 @@ def call_late(late: list, seen: dict, denoised: torch.Tensor, safe_denoised: tor
     return safe_denoised
 
 
-def negative_prediction(guider, seen: dict) -> torch.Tensor | None:
-    """The prediction under the guider's negative prompt, or None: at cfg 1 ComfyUI hands over zeros in its place, a nested
-    DualCFGGuider that of its middle prompt, and a cache that skips the model nothing.
+def guidance(guider, seen: dict) -> dict[str, torch.Tensor]:
+    """The predictions that guidance was made of, as `SafeDenoiser.safe` names them, or nothing: at cfg 1 ComfyUI hands over zeros in
+    place of the negative prompt's, a nested DualCFGGuider that of its middle prompt, and a cache that skips the model nothing.
     """
     uncond = seen.get("uncond")
-    return seen["uncond_denoised"] if uncond is not None and uncond is guider.conds.get("negative") else None
+    if uncond is None or uncond is not guider.conds.get("negative"):
+        return {}
+    return {"unconditional": seen["uncond_denoised"], "conditional": seen["cond_denoised"]}
 
 
 def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, **settings):
@@ -129,14 +131,13 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         model_options, late, seen = watch(model_options, guider)
         shared = model_options.get(KEY, {})  # of several patches on one model, all correct the prediction that the innermost got
         denoised = executor(x, timestep, {**model_options, KEY: shared}, *args, **kwargs)
-        unconditional = negative_prediction(guider, seen)
-        if unconditional is not None:
-            run["offset"] = unconditional - x
+        guides = guidance(guider, seen)
+        if guides:
+            run["offset"] = guides["unconditional"] - x
         elif not seen and "offset" in run:  # a cache skipped the model: go on as LazyCache does, with the offset of the latest call
-            unconditional = x + run["offset"]
-        raw, unconditional = shared.setdefault("predictions", (denoised, unconditional))
-        safe_denoised, step = run["denoiser"].safe(x, raw, *forward_process(run["sampling"], timestep, x.ndim), mask,
-                                                   unconditional)
+            guides = {"unconditional": x + run["offset"]}
+        raw, guides = shared.setdefault("predictions", (denoised, guides))
+        safe_denoised, step = run["denoiser"].safe(x, raw, *forward_process(run["sampling"], timestep, x.ndim), mask, **guides)
         if raw is not denoised:
             safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
         if step is not None:

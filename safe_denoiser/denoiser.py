@@ -88,7 +88,10 @@ class SafeDenoiser:
     with both banks, the first form with the mean of both log r; with neither, but guidance (`weight="unconditional"`), the first form
     with the unconditional prediction as E_ref and no density ratio; with nothing at all (`weight="gate"`), a push away from E_u where
     x looks like a noised bank item. Source: arXiv:2502.08011, Thm 3.2. The evidence term is ours, not the theorem's; with `evidence=0`
-    and exact densities each form that has a bank is exact.
+    and exact densities each form that has a bank is exact. Where evidence counts, three things keep pictures whole, all ours: t is
+    freed of the chance of small banks; r / (1 - r) never throws a prediction further than its mirror image at E_safe; and a prompt
+    whose own pull towards E_u shows that it asks for the unsafe thing lets go of its guidance (see RELEASE), so that another natural
+    picture comes out instead of a bent one.
 
     Args:
         bank: what must not come out; latents (N, C, *spatial), in the space of `x`.
@@ -132,7 +135,7 @@ class SafeDenoiser:
     threshold: float = 1e-9
     push: str = "guided"
     root: Tensor | None = None
-    _memory: dict = field(default_factory=dict, init=False, repr=False)  # the latest mask; the previous call, for weight "tracked"
+    _memory: dict = field(default_factory=dict, init=False, repr=False)  # the latest mask; the previous call, where a run is followed
 
     def __post_init__(self):
         for name, choices in (("method", METHODS), ("weight", WEIGHTS), ("push", PUSHES)):
@@ -216,8 +219,9 @@ class SafeDenoiser:
         other = p.unconditional if weight == "unconditional" else (reference or retain).mean
         told, most = torch.zeros_like(p.sigma), math.inf
         if evidence:
-            error = sum(self._chance(bank, found, p) for bank, found in ((self.bank, unsafe), (self.reference, reference),
-                        (None if reference else self.retain, retain)) if found and bank)
+            error = self._chance(self.bank, unsafe, p)
+            if weight != "unconditional":
+                error = error + (self._chance(self.reference, reference, p) if reference else self._chance(self.retain, retain, p))
             t = methods.projection(p.denoised, unsafe.mean, other, error)
             told, most = evidence * (t - 0.5), methods.mirror(t, prior)
         estimates = [methods.log_ratio(unsafe, reference, prior) + told] if reference else []
@@ -234,14 +238,18 @@ class SafeDenoiser:
         return Correction(direction, r, unsafe.weights.argmax(1), log_r > ceiling)
 
     def _chance(self, bank: Bank, found: Posterior, p: Prediction) -> Tensor:
+        """Squared standard error of a bank's mean, (B,): sum w^2 / (1 - sum w^2) times the weighted spread of its items.
+
+        Two means of N pictures each differ by chance as well, and most where N is small; the projection takes that off.
+        """
         s2 = p.sigma.square() + (p.alpha * self.kernel_bandwidth).square()
         shrink = p.sigma.square() / s2
         ybar = (found.mean - (p.alpha * self.kernel_bandwidth**2 / s2)[:, None] * p.x) / shrink[:, None]
         spread = (found.weights @ bank.squared_norms.to(p.x) - ybar.square().sum(1)).clamp_min(0)
         share = found.weights.square().sum(1)
-        return shrink.square() * spread * share / (1 - share).clamp_min(1e-6)
+        return shrink.square() * spread * share / (1 - share).clamp_min(0.05)  # of one picture alone, nothing is known
 
-    def _release(self, p: Prediction, unsafe_denoised: Tensor, other_denoised: Tensor, error) -> Tensor:
+    def _release(self, p: Prediction, unsafe_denoised: Tensor, other_denoised: Tensor, error: Tensor) -> Tensor:
         """How much of the guidance to let go, (B,): 0 up to a pull of RELEASE[0], 1 from RELEASE[1] on, the most that this run has seen.
 
         A prompt that asks for the unsafe thing pulls most at the start, before x is anything, and goes on pulling to the end.
@@ -251,9 +259,9 @@ class SafeDenoiser:
             pull = methods.pull(p.conditional, p.unconditional, unsafe_denoised, other_denoised, error)
             release = ((pull - RELEASE[0]) / (RELEASE[1] - RELEASE[0])).clamp(0, 1)
         before = self._memory.get("released")
-        if before is not None and before[0].shape == p.x.shape:
-            release = torch.where(p.sigma <= before[1], torch.maximum(release, before[2]), release)
-        self._memory["released"] = p.x, p.sigma, release
+        if before is not None and before[0].shape == p.sigma.shape:
+            release = torch.where(p.sigma <= before[0], torch.maximum(release, before[1]), release)
+        self._memory["released"] = p.sigma, release
         return release
 
     def _beta(self, weight: str, p: Prediction, unsafe: Posterior) -> Tensor:

@@ -68,13 +68,14 @@ def check(run, name, model, tiny, kind="CFGGuider", changed=lambda model: model,
         negative.clear()
         denoised = executor(x, timestep, *args, **kwargs)
         if negative:
-            offset[:] = [negative[0] - x]
-        inner.append((x.clone(), timestep.clone(), denoised.clone(), x + offset[0] if offset else None))
+            offset[:] = [negative[0][0] - x]
+        guides = negative[0] if negative else (x + offset[0],) if offset else ()
+        inner.append((x.clone(), timestep.clone(), denoised.clone(), guides))
         return denoised
 
-    def note(args):  # the negative prompt of the SD 3 setting is that of its reference bank, so it is E_ref where it is predicted
-        if args["uncond"] is not None and name == "SD 3" and kind != "DualCFGGuider nested":
-            negative.append(args["uncond_denoised"].clone())
+    def note(args):
+        if args["uncond"] is not None and kind != "DualCFGGuider nested":
+            negative.append((args["uncond_denoised"].clone(), args["cond_denoised"].clone()))
         return args["denoised"]
 
     banks = dict(negation_bank=negation, **(dict(reference_bank=reference) if beside else {}))
@@ -100,9 +101,9 @@ def check(run, name, model, tiny, kind="CFGGuider", changed=lambda model: model,
         moved = [Bank(model.model.process_latent_in(y) if negation.metadata.get("space") == "vae" else y) for y in latents]
         denoiser = SafeDenoiser(moved[0], reference=moved[1] if beside else None)
         assert len(inner) == len(predictions)
-        assert (inner[0][3] is not None) == (name == "SD 3" and kind not in ("CFGGuider, cfg 1", "BasicGuider", "DualCFGGuider nested"))
-        for (x, sigma, denoised, unconditional), used in zip(inner, predictions):
-            wanted, _ = denoiser.safe(x, denoised, *forward_process(sampling, sigma, x.ndim), unconditional=unconditional)
+        assert bool(inner[0][3]) == (kind not in ("CFGGuider, cfg 1", "BasicGuider", "DualCFGGuider nested"))
+        for (x, sigma, denoised, guides), used in zip(inner, predictions):
+            wanted, _ = denoiser.safe(x, denoised, *forward_process(sampling, sigma, x.ndim), None, *guides)
             torch.testing.assert_close(used, wanted, rtol=1e-5, atol=1e-5)
         assert not torch.equal(predictions[0], inner[0][2])
         assert torch.isfinite(result).all() and not torch.equal(result, stock)

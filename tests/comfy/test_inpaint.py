@@ -15,20 +15,20 @@ def picture(tiny):
 
 @pytest.fixture
 def traced(tiny, run):
-    """Sample with the patch and note what went in and out of each correction: rows of [x, sigma, before, unconditional, after]."""
+    """Sample with the patch and note what went in and out of each correction: rows of [x, sigma, before, guides, after]."""
     def sample(latent, model=None, steps=5, denoise=1.0, sampler="euler", **settings):
         import comfy.patcher_extension
         import comfy.sample
 
-        rows, unconditional = [], []
+        rows, guides = [], []
 
         def record(executor, x, timestep, *args, **kwargs):
             denoised = executor(x, timestep, *args, **kwargs)
-            rows.append([x.clone(), timestep.clone(), denoised.clone(), unconditional.pop()])
+            rows.append([x.clone(), timestep.clone(), denoised.clone(), guides.pop()])
             return denoised
 
         def note(args):
-            unconditional.append(args["uncond_denoised"].clone())
+            guides.append((args["uncond_denoised"].clone(), args["cond_denoised"].clone()))
             return args["denoised"]
 
         def callback(step, x0, x, total):
@@ -55,9 +55,9 @@ def core(tiny, pack):
 
 def expected(core, rows, latent, mask_at):
     """Compare what each step used with the core's answer inside that step's mask, blended with the given latent as ComfyUI does."""
-    for x, sigma, before, unconditional, after in rows:
+    for x, sigma, before, guides, after in rows:
         mask = mask_at(float(sigma[0])).expand_as(x)
-        safe, _ = core.safe(x, before, sigma, 1 - sigma, mask, unconditional)
+        safe, _ = core.safe(x, before, sigma, 1 - sigma, mask, *guides)
         torch.testing.assert_close(after, safe * mask + latent * (1 - mask), rtol=1e-4, atol=1e-4)
 
 
@@ -106,9 +106,9 @@ def test_inside_a_noise_mask_only(comfy, tiny, traced, core, picture, sampler):
     expected(core, rows, given, lambda sigma: mask)
     torch.testing.assert_close(result[..., 2:], picture["samples"][..., 2:], rtol=1e-4, atol=1e-4)
     assert report.summary["corrected_calls"] == 5 and not report.summary["fallbacks"]
-    x, sigma, before, unconditional, _ = rows[1]
-    inside, _ = core.safe(x, before, sigma, 1 - sigma, mask, unconditional)
-    whole, _ = core.safe(x, before, sigma, 1 - sigma, None, unconditional)
+    x, sigma, before, guides, _ = rows[1]
+    inside, _ = core.safe(x, before, sigma, 1 - sigma, mask, *guides)
+    whole, _ = core.safe(x, before, sigma, 1 - sigma, None, *guides)
     assert (inside - whole)[..., :2].norm() > 1e-3 * (inside - before).norm(), "the whole picture would have been judged differently"
 
 

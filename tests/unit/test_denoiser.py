@@ -86,16 +86,57 @@ def test_with_both_banks_log_r_is_the_mean_of_two_estimates(mixture):
 
 
 def test_evidence_is_the_projection_of_the_prediction():
-    """A prediction at the unsafe mean raises log r by evidence / 2, one at the reference mean lowers it as much."""
+    """A prediction at the reference mean lowers log r by evidence / 2; one at the unsafe mean raises it by as much, and by more where
+    the banks are so small that part of their distance is chance (at most half of its square, so by evidence 3 / 2 at most).
+    """
     generator = torch.Generator().manual_seed(0)
     unsafe, reference = Bank(torch.randn(6, 4, 2, 2, generator=generator) + 1), Bank(torch.randn(9, 4, 2, 2, generator=generator))
     x = torch.randn(3, 4, 2, 2, generator=generator) * 0.5
     settings = dict(reference=reference, prior=0.01, bandwidth=0.4, temperature=8.0)
     means = [posterior(x, bank.latents, 1.0, 1.0, 0.4, 8.0).mean for bank in (unsafe, reference)]
     plain = SafeDenoiser(unsafe, evidence=0.0, **settings).safe(x, x, 1.0)[1].posterior.log()
-    for mean, shift in zip(means, (1.0, -1.0)):
-        log_r = SafeDenoiser(unsafe, evidence=2.0, **settings).safe(x, mean, 1.0)[1].posterior.log()
-        torch.testing.assert_close(log_r, plain + shift, rtol=1e-4, atol=1e-4)
+    at_unsafe, at_reference = (SafeDenoiser(unsafe, evidence=2.0, **settings).safe(x, mean, 1.0)[1].posterior.log() for mean in means)
+    torch.testing.assert_close(at_reference, plain - 1, rtol=1e-4, atol=1e-4)
+    assert (at_unsafe > plain + 1).all() and (at_unsafe <= plain + 3 + 1e-4).all()
+
+
+def test_the_chance_of_small_banks_is_taken_off_their_distance():
+    """Means of 5 and 8 draws from two Gaussians: their squared distance exceeds the true one, and without its chance it does not."""
+    generator, found, plain = torch.Generator().manual_seed(0), [], []
+    x = torch.zeros(1, 32, dtype=torch.float64)
+    p = Prediction(x, x, torch.tensor([1e4], dtype=torch.float64), torch.ones(1, dtype=torch.float64))  # noise at which all weigh alike
+    for _ in range(400):
+        banks = [Bank(torch.randn(n, 32, generator=generator, dtype=torch.float64) + shift) for n, shift in ((5, 0.25), (8, 0.0))]
+        safe = SafeDenoiser(banks[0], reference=banks[1], bandwidth=0.0, temperature=1.0)
+        means = [safe.density(bank, p) for bank in banks]
+        plain.append(float((means[0].mean - means[1].mean).square().sum()))
+        found.append(plain[-1] - sum(float(safe._chance(bank, mean, p)[0]) for bank, mean in zip(banks, means)))
+    truth = 32 * 0.25**2
+    assert abs(sum(found) / 400 - truth) < 0.4 < sum(plain) / 400 - truth
+
+
+def test_guidance_that_leads_to_the_set_is_let_go_for_the_rest_of_the_run():
+    """A prompt at the unsafe mean loses its guidance; later in the same run too, when it pulls no more; the next run starts anew."""
+    generator = torch.Generator().manual_seed(0)
+    unsafe, reference = (Bank(torch.randn(40, 4, 2, 2, generator=generator) + shift) for shift in (1, 0))
+    safe = SafeDenoiser(unsafe, reference=reference, bandwidth=0.4, temperature=8.0)
+    x = torch.randn(2, 4, 2, 2, generator=generator)
+    e_u, e_ref = (posterior(x, bank.latents, 1.0, 0.0, 0.4, 8.0).mean for bank in (unsafe, reference))
+    guided = 2 * e_u - e_ref
+
+    def moved(sigma, asked):
+        """What is left of guidance, beside the correction along the axis: 1 when nothing is let go."""
+        side = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+        plain = safe_only.safe(x, guided + side, sigma, 1 - sigma, None, e_ref)[0]
+        return safe.safe(x, guided + side, sigma, 1 - sigma, None, e_ref, asked)[0] - plain, guided + side - e_ref
+
+    safe_only = SafeDenoiser(unsafe, reference=reference, bandwidth=0.4, temperature=8.0)
+    change, guidance = moved(1.0, e_u)
+    torch.testing.assert_close(change, -guidance, rtol=1e-4, atol=1e-4)
+    change, guidance = moved(0.9, e_ref)
+    torch.testing.assert_close(change, -guidance, rtol=1e-4, atol=1e-4)
+    change, _ = moved(1.0, e_ref)
+    torch.testing.assert_close(change, torch.zeros_like(change), rtol=0, atol=1e-5)
 
 
 def golden():
@@ -150,12 +191,12 @@ def test_sgf_moves_away_from_the_set():
 
 
 def test_the_retain_form_hears_the_prediction_too():
-    """logit r rises by evidence / 2 for a prediction at the unsafe mean."""
+    """logit r falls by evidence / 2 for a prediction at the retain mean."""
     unsafe, retain, x = Bank(torch.randn(6, 4, 2, 2) + 1), Bank(torch.randn(9, 4, 2, 2)), torch.randn(3, 4, 2, 2)
     settings = dict(retain=retain, bandwidth=0.4, temperature=8.0, posterior_max=1 - 1e-6)
-    mean = posterior(x, unsafe.latents, 1.0, 1.0, 0.4, 8.0).mean
+    mean = posterior(x, retain.latents, 1.0, 1.0, 0.4, 8.0).mean
     plain, told = (SafeDenoiser(unsafe, evidence=e, **settings).safe(x, mean, 1.0)[1].posterior.logit() for e in (0.0, 2.0))
-    torch.testing.assert_close(told, plain + 1.0, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(told, plain - 1.0, rtol=1e-3, atol=1e-3)
 
 
 def test_what_needs_an_unconditional_prediction_says_so_at_cfg_1():
