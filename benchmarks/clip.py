@@ -144,7 +144,7 @@ def curation(scale: Scale):
     def curated(name, negated):
         rows = dirty(name, negated)
         scores = text_scores(clip(), embeddings[rows], f"a {WORDS[negated]}", "a digit")
-        kept = rows[choose(scores, embeddings[rows], threshold=0.5)[0]]
+        kept = rows[choose(scores, embeddings[rows], pictures.take(rows.tolist()).names, threshold=0.5)[0]]
         right = int(torch.isin(kept, pictures_of(negated)).sum())
         print(f"  {negated} under {name!r}: of 40 right and 10 wrong pictures {right} and {len(kept) - right} are kept")
         return kept.sort().values

@@ -89,7 +89,8 @@ class LoadOpenCLIP(io.ComfyNode):
     def execute(cls, weights, architecture, pretrained, allow_download) -> io.NodeOutput:
         device = comfy.model_management.text_encoder_device()
         path = find_weights(weights, architecture, pretrained, allow_download)
-        clip = load_clip(path, architecture, comfy.model_management.text_encoder_dtype(device))
+        on_cpu = comfy.model_management.is_device_cpu(device)  # there ComfyUI stores texts' weights in fp16 and computes in fp32
+        clip = load_clip(path, architecture, torch.float32 if on_cpu else comfy.model_management.text_encoder_dtype(device))
         patcher = comfy.model_patcher.ModelPatcher(clip.model, device, comfy.model_management.text_encoder_offload_device())
 
         def ready() -> torch.device:
@@ -165,7 +166,7 @@ class CurateNegationSet(io.ComfyNode):
             scores = nearest(embeddings, embed(clip, example))[0]
         else:
             scores = text_scores(clip, embeddings, text, against) if text.strip() else torch.ones(len(embeddings))
-        kept, why = choose(scores, embeddings, threshold, duplicates, top_k, diverse_k)
+        kept, why = choose(scores, embeddings, negation_set.names, threshold, duplicates, top_k, diverse_k)
         if not kept:
             best = int(scores.argmax())
             raise ValueError(f"none of {len(scores)} pictures scores {threshold:g} or more; the best is {negation_set.names[best]} with "
@@ -212,17 +213,16 @@ class SplitNegationSet(io.ComfyNode):
                              ui=sheet(negation_set, [negation, retain, rest], scores, words, title, preview, cls))
 
 
-def outputs(checked, latent=None) -> list:
-    """passed, blocked, report and checked of a node, and with a latent its rows for the blocked pictures."""
+def outputs(checked) -> tuple:
+    """passed, blocked, report and checked."""
     stopped = checked.blocked
-    found = [checked.pictures[~stopped] if not stopped.all() else PASSING, checked.covered[stopped] if stopped.any() else PASSING,
-             checked.report, checked]
-    return found if latent is None else [*found, rows_of(latent, stopped)]
+    return (PASSING if stopped.all() else checked.pictures[~stopped], checked.covered[stopped] if stopped.any() else PASSING,
+            checked.report, checked)
 
 
-def rows_of(latent: dict, stopped: torch.Tensor):
+def rows_of(latent: dict | None, stopped: torch.Tensor):
     """The latent of the blocked pictures, with their masks."""
-    if not stopped.any():
+    if latent is None or not stopped.any():
         return PASSING
     rows = stopped.nonzero()[:, 0]
     found = {key: value for key, value in latent.items() if key != "batch_index"}  # a new seed draws their noise
@@ -233,12 +233,13 @@ def rows_of(latent: dict, stopped: torch.Tensor):
     return found
 
 
-CHECKED_OUTPUTS = (
-    io.Image.Output(display_name="passed", tooltip="The pictures that passed. None: what follows does not run."),
-    io.Image.Output(display_name="blocked", tooltip="The blocked pictures, blurred or black. None: what follows does not run."),
-    io.String.Output(display_name="report", tooltip="Counts, threshold, and for each picture its nearest picture of the negation set."),
-    CheckedType.Output(display_name="checked", tooltip="For Fill Blocked Images."),
-)
+def checked_outputs() -> list[io.Output]:
+    return [
+        io.Image.Output(display_name="passed", tooltip="The pictures that passed. None: what follows does not run."),
+        io.Image.Output(display_name="blocked", tooltip="The blocked pictures, blurred or black. None: what follows does not run."),
+        io.String.Output(display_name="report", tooltip="Counts, and what was found of each picture."),
+        CheckedType.Output(display_name="checked", tooltip="For Fill Blocked Images."),
+    ]
 
 
 class CheckImages(io.ComfyNode):
@@ -263,8 +264,9 @@ class CheckImages(io.ComfyNode):
                 io.Latent.Input("latent", optional=True,
                                 tooltip="The latent that was given to the sampler. Only for the output again. Optional."),
             ],
-            outputs=[*CHECKED_OUTPUTS, io.Latent.Output(display_name="again", tooltip="The latent of the blocked pictures only, to sample "
-                                                                                      "them anew. None: what follows does not run.")],
+            outputs=[*checked_outputs(), io.Latent.Output(
+                display_name="again", tooltip="The latent of the blocked pictures only, to sample them anew. None: what follows does not "
+                                              "run.")],
         )
 
     @classmethod
@@ -273,9 +275,7 @@ class CheckImages(io.ComfyNode):
         if retain_set is not None:
             threshold = alarm_threshold(nearest(embed(clip, retain_set), unsafe)[0], false_alarms)
         checked = check(clip, images[..., :3], unsafe, negation_set.names, threshold, cover == "black")
-        passed, blocked, report, checked = outputs(checked)
-        again = PASSING if latent is None else rows_of(latent, checked.blocked)
-        return io.NodeOutput(passed, blocked, f"{report}\nthreshold {threshold:.3f}", checked, again)
+        return io.NodeOutput(*outputs(checked), rows_of(latent, checked.blocked))
 
 
 class FillBlockedImages(io.ComfyNode):
@@ -291,7 +291,7 @@ class FillBlockedImages(io.ComfyNode):
                                                               "the output again of the first. Asked for only where something was blocked."),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="All pictures in their places; what is refused is blurred or black."),
-                     *CHECKED_OUTPUTS],
+                     *checked_outputs()],
         )
 
     @classmethod

@@ -131,7 +131,7 @@ def load_clip(weights: str | Path, architecture: str = "", dtype: torch.dtype = 
     try:
         model = open_clip.create_model(name, None if path.is_dir() else str(path), precision=PRECISIONS[dtype], weights_only=True,
                                        require_pretrained=True, force_preprocess_cfg=None if path.is_dir() else _how(open_clip, name))
-    except (RuntimeError, pickle.UnpicklingError, SafetensorError) as error:  # another architecture; not only weights; damaged
+    except (RuntimeError, AssertionError, KeyError, pickle.UnpicklingError, SafetensorError) as error:  # others, damaged, or code
         raise ValueError(f"{path.name!r} cannot be read as weights of the architecture {CONFIG if path.is_dir() else architecture!r} "
                          f"({str(error).splitlines()[0]}); choose the architecture that they were trained as") from error
     tokenize = open_clip.get_tokenizer(name)

@@ -53,8 +53,8 @@ def diverse(embeddings: Tensor, count: int) -> list[int]:
     return picked
 
 
-def choose(scores: Tensor, embeddings: Tensor, threshold: float = 0.0, twin: float = 0.0, top: int = 0, spread: int = 0,
-           ) -> tuple[list[int], list[str]]:
+def choose(scores: Tensor, embeddings: Tensor, names: Sequence[str], threshold: float = 0.0, twin: float = 0.0, top: int = 0,
+           spread: int = 0) -> tuple[list[int], list[str]]:
     """Which pictures are kept, best score first, and in a few words why each other is dropped ("" for the kept), in the set's order.
 
     In this order: score below `threshold`, twin of a better one (cosine of at least `twin`), not among the `top` best, not among the
@@ -64,7 +64,7 @@ def choose(scores: Tensor, embeddings: Tensor, threshold: float = 0.0, twin: flo
     kept = [i for i in scores.argsort(descending=True, stable=True).tolist() if not why[i]]
     if twin:
         for i, of in zip(kept, twins(embeddings[kept], twin)):
-            why[i] = "" if of < 0 else f"twin of {kept[of]}"
+            why[i] = "" if of < 0 else f"twin of {names[kept[of]]}"
         kept = [i for i in kept if not why[i]]
     if top:
         why = [f"not among the best {top}" if i in kept[top:] else reason for i, reason in enumerate(why)]
@@ -149,7 +149,8 @@ def check(clip: Clip, pictures: Tensor, unsafe: Tensor, names: Sequence[str], th
     covered = pictures.clone()
     for i in blocked.nonzero()[:, 0].tolist():
         covered[i] = 0 if black else blur(pictures[i])
-    lines = [f"{'blocked' if stop else 'passed'}, {s:.3f} to {names[n]}" for stop, s, n in zip(blocked, similarity, row)]
+    lines = [f"{'blocked' if stop else 'passed'}, {s:.3f} to {names[n]}, threshold {threshold:.3f}"
+             for stop, s, n in zip(blocked, similarity, row)]
     return Checked(pictures, blocked, covered, tuple(lines))
 
 

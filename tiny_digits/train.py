@@ -127,45 +127,51 @@ def captions():
     return texts, torch.tensor([[digit in true for digit in range(10)] for true in members]), torch.tensor(often)
 
 
-def caption_loss(images, texts, scale, said):
+def caption_loss(pictures, texts, scale, said):
     """CLIP's loss (arXiv:2103.00020, Fig. 3) where pictures share captions: equal captions of a batch are one. said: (B,) rows of texts."""
-    logits, counts = scale * images @ texts.T, said.bincount(minlength=len(texts)).float()
+    logits, counts = scale * pictures @ texts.T, said.bincount(minlength=len(texts)).float()
     by_picture = F.cross_entropy(logits + counts.log(), said)
     by_text = -(logits.log_softmax(0)[torch.arange(len(said)), said]).mean()
     return (by_picture + by_text) / 2
 
 
-def train_clip(pixels, labels, vae, steps):
-    """SLIP (arXiv:2112.12750): captions, and each picture beside a slightly changed one against all others, so that twins are found too.
-
-    Half of the pictures went through the autoencoder, half of those with noise on their latents, as sampled pictures do.
+def clip_pictures(pixels, labels, count=300):
+    """What the CLIP sees, and the digits: the training pictures twice, through the autoencoder without and with noise on their latents,
+    and `count` samples of the model for each digit, whose caption is their prompt.
     """
+    world, generator = TinyDigits(), torch.Generator().manual_seed(7)
+    z = world.encode(pixels)
+    asked = torch.arange(10).repeat_interleave(count)
+    own = torch.cat([world.sample(torch.randn(count, *LATENT, generator=generator), prompt(str(digit))) for digit in range(10)])
+    noisy = z + 0.25 * z.std() * torch.randn(z.shape, generator=generator)
+    images = torch.cat([pixels, pixels, *map(world.decode, (z, noisy, own))]).clone()
+    return images, torch.cat([labels.repeat(4), asked])
+
+
+def train_clip(pixels, labels, steps):
+    """SLIP (arXiv:2112.12750): captions, and each picture beside a slightly changed one against all others, so that twins are found too."""
     import open_clip
 
     model = open_clip.CLIP(**json.loads((CLIP / "open_clip_config.json").read_text())["model_cfg"])
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     texts, true, often = captions()
     tokens = open_clip.SimpleTokenizer(context_length=model.context_length)(list(texts))
-    with torch.inference_mode():
-        raw = torch.cat([vae.taesd_encoder(part) for part in pixels.split(256)])
-        noisy = raw + 0.25 * raw.std() * torch.randn_like(raw)
-        pool = torch.stack([pixels, pixels] + [torch.cat([vae.taesd_decoder(part).clamp(0, 1) for part in z.split(256)])
-                                               for z in (raw, noisy)]).clone()
+    images, digits = clip_pictures(pixels, labels)
 
-    def embed(images):
-        sized = F.interpolate(images, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)
+    def embed(pictures):
+        sized = F.interpolate(pictures, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)
         return F.normalize(model.encode_image((sized - mean) / std), dim=1)
 
     def loss(batch=96):
-        rows = torch.randint(len(pixels), (batch,))
-        first = warp(pool[torch.randint(4, (batch,)), rows], 0.2, 0.08, 0.08)
-        second = (warp(first, 0.07, 0.05, 0.03) + 0.05 * torch.rand(batch, 1, 1, 1) * torch.randn_like(first)).clamp(0, 1)
-        kinds, said = torch.multinomial(often * true.T[labels[rows]], 1)[:, 0].unique(return_inverse=True)
-        images, words = embed(torch.cat([first, second])), F.normalize(model.encode_text(tokens[kinds]), dim=1)
-        ones, others = images.chunk(2)
+        rows = torch.randint(len(images), (batch,))
+        first = warp(images[rows], 0.2, 0.08, 0.08)
+        second = (warp(first, 0.1, 0.08, 0.03) + 0.05 * torch.rand(batch, 1, 1, 1) * torch.randn_like(first)).clamp(0, 1)
+        kinds, said = torch.multinomial(often * true.T[digits[rows]], 1)[:, 0].unique(return_inverse=True)
+        seen, words = embed(torch.cat([first, second])), F.normalize(model.encode_text(tokens[kinds]), dim=1)
+        ones, others = seen.chunk(2)
         alike, own = ones @ others.T / 0.07, torch.arange(batch)
         twins = (F.cross_entropy(alike, own) + F.cross_entropy(alike.T, own)) / 2
-        return caption_loss(images, words, model.logit_scale.exp().clamp(max=100), said.repeat(2)) + 0.5 * twins
+        return caption_loss(seen, words, model.logit_scale.exp().clamp(max=100), said.repeat(2)) + 0.3 * twins
 
     model = fit(model, loss, steps, 3e-3)
     unsaid = torch.ones(len(model.token_embedding.weight), dtype=torch.bool).index_fill(0, tokens.unique(), False)
@@ -211,7 +217,7 @@ def main():
     parser.add_argument("--classifier-steps", type=int, default=800)
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--model-steps", type=int, default=6000)
-    parser.add_argument("--clip-steps", type=int, default=2000)
+    parser.add_argument("--clip-steps", type=int, default=2500)
     parser.add_argument("--only", choices=PARTS, action="append",
                         help="retrain only this part, from the files of the others; may be repeated")
     options = parser.parse_args()
@@ -235,7 +241,7 @@ def main():
         save_bank(Bank(raw.half(), metadata={"space": "vae", "source": "reference samples"}), REFERENCE)
         save_pictures("tiny_ones_and_fours", torch.cat([pixels[labels == 1][:75], pixels[labels == 4][:75]]))
     if "clip" in parts:
-        save(train_clip(pixels, labels, load(TAESD), options.clip_steps))
+        save(train_clip(pixels, labels, options.clip_steps))
     if "report" in parts:
         report(TinyDigits(), held_out, held_out_labels)
 

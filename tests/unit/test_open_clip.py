@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dev import ROOT
 from safe_denoiser import LatentCache, NegationSet
 from safe_denoiser.clip import CONFIG, fetch, load_clip, published
-from safe_denoiser.meaning import Checked, alarm_threshold, check, choose, diverse, text_scores, twins
+from safe_denoiser.meaning import Checked, alarm_threshold, check, choose, diverse, nearest, text_scores, twins
 from tiny_digits.world import CLIP, digits_data
 
 WEIGHTS = CLIP / "open_clip_model.safetensors"
@@ -100,10 +100,11 @@ def test_pictures_are_prepared_as_open_clip_does(clip, size):
 
     seen = []
     watched = SimpleNamespace(encode_image=lambda x: seen.append(x) or torch.ones(len(x), 2))
-    picture = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 9), size, mode="bicubic").clamp(0, 1)[0].movedim(0, -1)
+    picture = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 12), size, mode="bicubic").clamp(0, 1)[0].movedim(0, -1)
     type(clip).pixels(SimpleNamespace(**{**vars(clip), "model": watched}), picture[None])
     theirs = open_clip.image_transform(64, is_train=False)(Image.fromarray((picture * 255).round().byte().numpy()))
-    assert (seen[0][0] - theirs).abs().max() < 0.06, "of a spread of 1: PIL rounds to 8 bits twice"
+    off = (seen[0][0] - theirs).abs().mean()
+    assert off < 0.05 < (seen[0][0].roll(2, -1) - theirs).abs().mean(), "PIL rounds to 8 bits twice; two pixels aside is farther off"
 
 
 def test_embeddings_are_cached_and_an_interrupt_loses_nothing(clip, tmp_path, monkeypatch):
@@ -204,15 +205,15 @@ def test_diverse_pictures_cover_the_rest():
 
 def test_choosing_follows_its_rules_in_order():
     rows = unit([1, 0, 0], [1, 0.01, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1])
-    scores = torch.tensor([0.8, 0.9, 0.7, 0.1, 0.6])
-    assert choose(scores, rows) == ([1, 0, 2, 4, 3], [""] * 5)
-    kept, why = choose(scores, rows, threshold=0.5, twin=0.99)
-    assert kept == [1, 2, 4] and why == ["twin of 1", "", "", "below 0.5", ""]
-    kept, why = choose(scores, rows, threshold=0.5, twin=0.99, top=2)
+    scores, names = torch.tensor([0.8, 0.9, 0.7, 0.1, 0.6]), "abcde"
+    assert choose(scores, rows, names) == ([1, 0, 2, 4, 3], [""] * 5)
+    kept, why = choose(scores, rows, names, threshold=0.5, twin=0.99)
+    assert kept == [1, 2, 4] and why == ["twin of b", "", "", "below 0.5", ""]
+    kept, why = choose(scores, rows, names, threshold=0.5, twin=0.99, top=2)
     assert kept == [1, 2] and why[4] == "not among the best 2"
-    kept, why = choose(scores, rows, twin=0.99, spread=2)
+    kept, why = choose(scores, rows, names, twin=0.99, spread=2)
     assert len(kept) == 2 and kept[0] == 1 and why.count("near one of the 2 kept") == 2
-    assert choose(scores, rows, threshold=0.95) == ([], ["below 0.95"] * 5)
+    assert choose(scores, rows, names, threshold=0.95) == ([], ["below 0.95"] * 5)
 
 
 # --- checking ------------------------------------------------------------------------------------------------------
@@ -224,25 +225,27 @@ def test_false_alarms_are_as_rare_as_asked(rate):
     for _ in range(300):
         threshold = alarm_threshold(torch.rand(150, generator=generator).sqrt(), rate)
         alarms.append(1 - threshold**2)
-    assert 0.6 * rate < sum(alarms) / len(alarms) < 1.05 * rate
+    assert 0.5 * rate < sum(alarms) / len(alarms) < 1.05 * rate
     assert alarm_threshold(torch.tensor([0.3, 0.5]), 0.01) == 0.5, "too few to say: the largest"
 
 
 def test_check_covers_what_it_blocks(clip, digits):
     unsafe = digits.labels == 7
-    rows = torch.cat([unsafe.nonzero()[:25, 0], (~unsafe).nonzero()[:40, 0]])
+    rows = torch.cat([unsafe.nonzero()[:25, 0], (~unsafe).nonzero()[::12, 0]])
     pictures = torch.stack([digits.set.readers[i]() for i in rows])
     negation = digits.embeddings[unsafe][25:]
+    threshold = alarm_threshold(nearest(digits.embeddings[(~unsafe).nonzero()[1::3, 0]], negation)[0], 0.01)
     before = pictures.clone()
     for black in (False, True):
-        checked = check(clip, pictures, negation, [f"seven_{i}" for i in range(25)], 0.8, black)
-        assert checked.blocked[:25].float().mean() > 0.7 and not checked.blocked[25:].any()
+        checked = check(clip, pictures, negation, [f"seven_{i}" for i in range(25)], threshold, black)
+        assert checked.blocked[:25].float().mean() > 0.8 and checked.blocked[25:].float().mean() < 0.05
         assert torch.equal(checked.covered[~checked.blocked], pictures[~checked.blocked]) and torch.equal(pictures, before)
         covered = checked.covered[checked.blocked]
-        assert not covered.any() if black else (covered.diff(dim=2).abs().mean() < 0.3 * pictures[:25].diff(dim=2).abs().mean())
+        assert not covered.any() if black else (
+            covered.diff(dim=2).abs().mean() < 0.6 * pictures[checked.blocked].diff(dim=2).abs().mean())
         line = checked.lines[int(checked.blocked.nonzero()[0])]
         assert line.startswith("blocked, 0.") and " to seven_" in line and checked.report.startswith(
-            f"{65 - int(checked.blocked.sum())} passed, {int(checked.blocked.sum())} refused\nimage 0: ")
+            f"{len(rows) - int(checked.blocked.sum())} passed, {int(checked.blocked.sum())} refused\nimage 0: ")
 
 
 def checked(*blocked):
