@@ -12,13 +12,13 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..safe_denoiser import LatentCache, NegationSet
 from ..safe_denoiser.clip import fetch, load_clip, published
-from ..safe_denoiser.meaning import alarm_threshold, check, choose, nearest, text_scores
+from ..safe_denoiser.meaning import SemanticPosterior, alarm_threshold, check, choose, nearest, text_scores
 from ..safe_denoiser.negation_set import evenly
 from . import folders
 from .fingerprint import fingerprint_weights
 from .live import Live, progress
 from .negation_set import preview_input, to_image
-from .types import CATEGORY, CheckedType, ClipType, NegationSetType
+from .types import CATEGORY, CheckedType, ClipType, NegationSetType, SemanticType
 
 BY_TAG = "pretrained tag"
 PASSING = ExecutionBlocker(None)  # in place of an empty batch: what follows does not run, and nobody is alarmed
@@ -143,7 +143,7 @@ class CurateNegationSet(io.ComfyNode):
                 io.Float.Input("threshold", default=0.5, min=-1.0, max=1.0, step=0.01,
                                tooltip="Keep pictures with at least this score: a probability, or without against, or with example, a "
                                        "cosine similarity. 0: keep any."),
-                io.Float.Input("duplicates", default=0.97, min=0.0, max=1.0, step=0.005,
+                io.Float.Input("duplicates", default=0.95, min=0.0, max=1.0, step=0.005,
                                tooltip="Of pictures with at least this cosine similarity, keep only the best. 0: keep all."),
                 io.Int.Input("top_k", default=0, min=0, max=100_000, tooltip="Keep at most this many, the best. 0: all."),
                 io.Int.Input("diverse_k", default=0, min=0, max=100_000,
@@ -304,4 +304,34 @@ class FillBlockedImages(io.ComfyNode):
         return io.NodeOutput(filled.covered, *outputs(filled))
 
 
-NODES = [LoadOpenCLIP, CurateNegationSet, SplitNegationSet, CheckImages, FillBlockedImages]
+class MakeSemanticPosterior(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SafeDenoiserSemanticPosterior", display_name="Semantic Posterior", category=f"{CATEGORY}/meaning",
+            is_experimental=True,
+            description="Experimental: while sampling, P(unsafe | x) is read off what the decoded prediction means, instead of off "
+                        "distances between latents. For Apply Safe Denoiser with a retain bank.",
+            inputs=[
+                *clip_inputs("The pictures of the negation bank."),
+                NegationSetType.Input("retain_set", tooltip="The pictures of the retain bank."),
+                io.Vae.Input("vae", tooltip="Decodes the predictions. A tiny one of the model's family (taesd, taesdxl, taesd3, taef1) is "
+                                            "fast and good enough."),
+                io.Int.Input("every", default=4, min=1, max=100,
+                             tooltip="Look at each such model call only, and keep the answer until the next. 1: at each call."),
+            ],
+            outputs=[SemanticType.Output(display_name="semantic", tooltip="For the input semantic of Apply Safe Denoiser.")],
+        )
+
+    @classmethod
+    def execute(cls, clip, negation_set, retain_set, vae, every) -> io.NodeOutput:
+        unsafe, retain = embed(clip, negation_set), embed(clip, retain_set)
+
+        def begin(process_latent_out) -> SemanticPosterior:
+            """One for each run, which remembers its latest answer."""
+            return SemanticPosterior(clip, lambda denoised: vae.decode(process_latent_out(denoised)), unsafe, retain, every=every)
+
+        return io.NodeOutput(begin)
+
+
+NODES = [LoadOpenCLIP, CurateNegationSet, SplitNegationSet, CheckImages, FillBlockedImages, MakeSemanticPosterior]
