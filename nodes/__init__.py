@@ -1,10 +1,10 @@
 """Thin adapters between ComfyUI and the core: one file per station."""
 from comfy_api.latest import ComfyExtension
 
-from . import bank, class_condition, folders, negation_set, reference, report, sample
+from . import bank, class_condition, clip, folders, negation_set, reference, report, sample
 
 
 class SafeDenoiserExtension(ComfyExtension):
     async def get_node_list(self):
         folders.register()  # before any schema lists its files
-        return [node for station in (negation_set, bank, reference, sample, report, class_condition) for node in station.NODES]
+        return [node for station in (negation_set, bank, reference, sample, report, clip, class_condition) for node in station.NODES]

@@ -4,8 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import comfy.latent_formats
-import comfy.model_management
-import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
@@ -13,6 +11,7 @@ from ..safe_denoiser import LatentCache, encode_bank, load_bank, save_bank
 from ..safe_denoiser.bank import FITS
 from . import folders
 from .fingerprint import fingerprint, fingerprint_weights
+from .live import progress
 from .types import CATEGORY, NegationBankType, NegationSetType
 
 DECODABLE = "The latents of a bank can be decoded back into pictures: share one as you would share the pictures."
@@ -61,14 +60,9 @@ class BuildNegationBank(io.ComfyNode):
 
     @classmethod
     def execute(cls, negation_set, vae, latent, fit) -> io.NodeOutput:
-        bar = comfy.utils.ProgressBar(len(negation_set))
         cache = LatentCache(folders.cache("latents"), fingerprint(fingerprint_weights(vae.patcher), str(vae.vae_dtype)))
-
-        def progress(done, total):
-            bar.update_absolute(done, total)
-            comfy.model_management.throw_exception_if_processing_interrupted()
-
-        bank = encode_bank(negation_set, lambda image: vae.encode(image[None])[0], image_size(latent, vae), fit, progress, cache)
+        bank = encode_bank(negation_set, lambda image: vae.encode(image[None])[0], image_size(latent, vae), fit,
+                           progress(len(negation_set)), cache)
         metadata = {**bank.metadata, "space": "vae", "skipped": json.dumps(negation_set.skipped)}
         return io.NodeOutput(replace(bank, metadata=metadata))
 

@@ -1,13 +1,27 @@
 """Numbers on the sampling node while it runs, through ComfyUI's own progress text."""
 import sys
 import time
+from collections.abc import Callable
 
+import comfy.model_management
+import comfy.utils
 from comfy_execution.utils import get_executing_context
 
 from ..safe_denoiser import Report
 from ..safe_denoiser.report import live
 
 SECONDS = 0.5  # between two messages: each one reads numbers from the device
+
+
+def progress(total: int) -> Callable[[int, int], None]:
+    """`progress(done, total)` for the core: moves the node's bar, and raises where the user interrupts."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def tell(done: int, _total: int) -> None:
+        bar.update_absolute(done)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    return tell
 
 
 class Live:

@@ -9,7 +9,7 @@ from ..safe_denoiser import Bank, Report, SafeDenoiser
 from ..safe_denoiser.denoiser import METHODS, WEIGHTS
 from .bank import require_pictures
 from .live import Live
-from .types import CATEGORY, NegationBankType, ReportType
+from .types import CATEGORY, NegationBankType, ReportType, SemanticType
 
 KEY, POST_CFG = "safe_denoiser", "sampler_post_cfg_function"
 
@@ -88,16 +88,17 @@ def guidance(guider, seen: dict) -> dict[str, torch.Tensor]:
     return {"unconditional": seen["uncond_denoised"], "conditional": seen["cond_denoised"]}
 
 
-def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, **settings):
+def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, semantic=None, **settings):
     """A clone of `model` that samples away from the bank, and the Report that its latest run fills.
 
     Args:
         banks: `bank`, `retain` and `reference`, as SafeDenoiser names them.
         start, end: window, as fractions of the schedule.
         bank_size: "exact" refuses a bank of another size, "interpolate" resizes it.
+        semantic: from Semantic Posterior.
         settings: the other arguments of SafeDenoiser.
     """
-    SafeDenoiser(**banks, **settings)  # says at once what is wrong with them
+    SafeDenoiser(**banks, **settings, semantic=semantic)  # says at once what is wrong with them
     patched, report, run = model.clone(), Report([], []), {}
 
     def begin(guider, noise, sigmas=None, denoise_mask=None):
@@ -105,7 +106,9 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         sampling, notes = guider.inner_model.model_sampling, []
         moved = {name: to_model(bank, guider.inner_model, noise, bank_size, notes) for name, bank in banks.items()}
         window = {"sigma_start": float(sampling.percent_to_sigma(start)), "sigma_end": float(sampling.percent_to_sigma(end))}
-        run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling, live=Live(), sigmas=sigmas, mask=denoise_mask)
+        meant = semantic and semantic(guider.inner_model.process_latent_out)
+        run.update(denoiser=SafeDenoiser(**moved, **settings, **window, semantic=meant), sampling=sampling, live=Live(), sigmas=sigmas,
+                   mask=denoise_mask)
         report.steps.clear()
         report.notes[:] = dict.fromkeys(notes)
 
@@ -212,6 +215,9 @@ class ApplySafeDenoiser(io.ComfyNode):
                                tooltip="Shield radius of spell, latent L2 distance. 0: automatic."),
                 io.Float.Input("threshold", default=1e-9, min=0.0, max=1e6, step=1e-9, round=False,
                                tooltip="Gate of method official: open where the kernel sum exceeds it. 0: always open."),
+                SemanticType.Input("semantic", optional=True,
+                                   tooltip="Experimental, from Semantic Posterior: P(unsafe | x) by what the prediction means. Needs "
+                                           "retain_bank. Optional."),
             ],
             outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider."),
                      ReportType.Output(display_name="report", tooltip=OUTPUT_REPORT)],
@@ -219,9 +225,9 @@ class ApplySafeDenoiser(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, negation_bank, method, strength, start, end, bank_size, weight, prior, evidence, bandwidth, temperature,
-                radius, threshold, retain_bank=None, reference_bank=None) -> io.NodeOutput:
+                radius, threshold, retain_bank=None, reference_bank=None, semantic=None) -> io.NodeOutput:
         return io.NodeOutput(*patch(
-            model, dict(bank=negation_bank, retain=retain_bank, reference=reference_bank), start, end, bank_size, method=method,
+            model, dict(bank=negation_bank, retain=retain_bank, reference=reference_bank), start, end, bank_size, semantic, method=method,
             weight=weight, strength=strength, prior=prior or None, evidence=None if evidence < 0 else evidence,
             bandwidth=bandwidth or None,
             temperature=temperature or None, radius=radius or None, threshold=threshold))

@@ -4,6 +4,7 @@ Everything here is a function of three tensors: `x` (noisy latent), `sigma` (B,)
 The correction is affine in `denoised`, so it equals the same correction of eps, v or the score.
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -111,6 +112,8 @@ class SafeDenoiser:
         radius: SPELL's shield radius, latent L2; None is the median distance of a bank item to its nearest neighbour.
         threshold: gate of "official".
         push: from where the beta forms push: the "guided" prediction, or the "unconditional" one (arXiv:2502.08011, Eq. 8).
+        semantic: log p_u - log p_retain of a prediction (B, C, *spatial) at sigma / alpha (B,), used with a retain bank instead of the
+            ratio of the banks' densities, see `meaning.SemanticPosterior`; not inside a mask.
         root: square root of the mask (D,) inside which alone the banks count; set by `masked`.
 
     Raises:
@@ -134,6 +137,7 @@ class SafeDenoiser:
     radius: float | None = None
     threshold: float = 1e-9
     push: str = "guided"
+    semantic: Callable[[Tensor, Tensor], Tensor] | None = None
     root: Tensor | None = None
     _memory: dict = field(default_factory=dict, init=False, repr=False)  # the latest mask; the previous call, where a run is followed
 
@@ -149,6 +153,8 @@ class SafeDenoiser:
                                  f"{tuple(self.bank.latents.shape[1:])}; build both with the same VAE at the same size")
         if self.weight == "ratio_beta" and self.reference is None and self.retain is None:
             raise ValueError("weight 'ratio_beta' needs a reference bank or a retain bank; connect one or choose weight 'auto'")
+        if self.semantic is not None and self.retain is None:
+            raise ValueError("the semantic posterior needs a retain bank, towards which to steer; connect one")
         if not 0 < (self.prior or 0.5) < 1 or not 0 < self.posterior_max < 1:
             raise ValueError(f"prior is {self.prior} and posterior_max is {self.posterior_max}; both lie between 0 and 1")
 
@@ -216,6 +222,7 @@ class SafeDenoiser:
         prior, evidence = self._tuned(weight)
         reference = self.reference and weight not in ("retain", "unconditional") and self.density(self.reference, p)
         retain = self.retain and weight != "unconditional" and self.density(self.retain, p)
+        meant = self.semantic and self.semantic(p.denoised.unflatten(1, self.bank.latents.shape[1:]), p.sigma / p.alpha.clamp_min(1e-3))
         other = p.unconditional if weight == "unconditional" else (reference or retain).mean
         told, most = torch.zeros_like(p.sigma), math.inf
         if evidence:
@@ -225,7 +232,8 @@ class SafeDenoiser:
             t = methods.projection(p.denoised, unsafe.mean, other, error)
             told, most = evidence * (t - 0.5), methods.mirror(t, prior)
         estimates = [methods.log_ratio(unsafe, reference, prior) + told] if reference else []
-        estimates += [F.logsigmoid(methods.log_odds(unsafe, retain, prior) + told)] if retain else []
+        odds = math.log(prior / (1 - prior)) + meant if self.semantic else methods.log_odds(unsafe, retain, prior) if retain else None
+        estimates += [F.logsigmoid(odds + told)] if retain else []
         log_r = torch.stack(estimates).mean(0) if estimates else math.log(prior) + told
         ceiling = math.log(self.posterior_max)
         r = log_r.clamp_max(ceiling).exp()
@@ -327,7 +335,8 @@ class SafeDenoiser:
         root = mask.to(self.latents.dtype).sqrt()
         bank = self.bank.normalised() if self.method.startswith("official") else self.bank
         return replace(self, bank=bank.masked(root), retain=self.retain and self.retain.masked(root),
-                       reference=self.reference and self.reference.masked(root), bandwidth=self.kernel_bandwidth, root=root)
+                       reference=self.reference and self.reference.masked(root), bandwidth=self.kernel_bandwidth, semantic=None,
+                       root=root)
 
     def correct_inside(self, mask: Tensor, p: Prediction) -> Correction:
         """`correct`, each row with distances inside its own mask (B, D) and no correction where the mask is 0.

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .pictures import EXTENSIONS, decode, examine
+from .pictures import EXTENSIONS, blur, decode, examine
 
 LARGEST = 2**28  # bytes of one picture inside a zip file: a file that unpacks to more is not a picture
 
@@ -178,28 +178,52 @@ class NegationSet:
         what = "latents" if self.latents and None not in self.latents else "pictures"
         return f"{title}: {len(self)} {what}, {len(self.skipped)} skipped{size}"
 
+    def take(self, rows: Sequence[int]) -> "NegationSet":
+        """The set of these pictures, in this order; its size on disk is not known any more."""
+        def of(values):
+            return tuple(values[i] for i in rows) if values else ()
+
+        return NegationSet(of(self.names), of(self.fingerprints), of(self.readers), weights=of(self.weights), latents=of(self.latents))
+
     def contact_sheet(self, title: str = "", count: int = 16, blurred: bool = True) -> Image.Image:
         """Up to `count` pictures, evenly picked, in a grid under a line of text; blurred beyond recognition by default."""
-        tile, columns, line = 128, 4, 28
-        picked = [i * len(self) // min(count, len(self)) for i in range(min(count, len(self)))]
         lines = [self.describe(title), *(f"skipped {name}: {reason}" for name, reason in self.skipped[:3])]
+        return self.sheet(evenly(range(len(self)), count), lines, blurred)
+
+    def sheet(self, rows: Sequence[int], lines: Sequence[str], blurred: bool = True, captions: Sequence[str] = ()) -> Image.Image:
+        """These pictures in a grid under lines of text, each over its own caption, where there are captions (one per row)."""
+        tile, columns, line, foot = 128, 4, 28, 20 if captions else 0
         top = line * len(lines) + 8
-        sheet = Image.new("RGB", (tile * columns, top + tile * -(-len(picked) // columns)), "black")
-        draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(22)
+        sheet = Image.new("RGB", (tile * columns, top + (tile + foot) * -(-len(rows) // columns)), "black")
+        draw = ImageDraw.Draw(sheet)
         for row, text in enumerate(lines):
-            while font.getlength(text) > sheet.width - 8:
-                text = text[:-2].removesuffix("\N{HORIZONTAL ELLIPSIS}") + "\N{HORIZONTAL ELLIPSIS}"
-            draw.text((4, 2 + row * line), text, "white", font)
-        for place, i in enumerate(picked):
-            sheet.paste(self.thumbnail(i, tile, blurred), (place % columns * tile, top + place // columns * tile))
+            _write(draw, (4, 2 + row * line), text, sheet.width - 8, 22)
+        for place, i in enumerate(rows):
+            corner = place % columns * tile, top + place // columns * (tile + foot)
+            sheet.paste(self.thumbnail(i, tile, blurred), corner)
+            if captions:
+                _write(draw, (corner[0] + 2, corner[1] + tile + 1), captions[place], tile - 4, 14)
         return sheet
 
     def thumbnail(self, i: int, tile: int, blurred: bool = True) -> Image.Image:
         """A square thumbnail of picture i; `blurred` keeps 6 x 6 colours of it. An item without a picture is a grey tile."""
         if self.latents and self.latents[i] is not None:
             return Image.new("RGB", (tile, tile), "gray")
-        picture = ImageOps.fit(Image.fromarray((self.readers[i]() * 255).round().byte().numpy()), (tile, tile))
-        return picture.resize((6, 6), Image.Resampling.BOX).resize((tile, tile), Image.Resampling.BICUBIC) if blurred else picture
+        pixels = blur(self.readers[i]()) if blurred else self.readers[i]()
+        return ImageOps.fit(Image.fromarray((pixels * 255).round().byte().numpy()), (tile, tile))
+
+
+def evenly(rows: Sequence[int], count: int) -> list[int]:
+    """Up to `count` of these, evenly picked, in order."""
+    return [rows[i * len(rows) // min(count, len(rows))] for i in range(min(count, len(rows)))]
+
+
+def _write(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: int, size: int) -> None:
+    """A line of text, cut short with an ellipsis where it is wider than `width`."""
+    font = ImageFont.load_default(size)
+    while font.getlength(text) > width:
+        text = text[:-2].removesuffix("\N{HORIZONTAL ELLIPSIS}") + "\N{HORIZONTAL ELLIPSIS}"
+    draw.text(corner, text, "white", font)
 
 
 def combine_sets(sets: Sequence[NegationSet], weights: Sequence[float] = ()) -> NegationSet:

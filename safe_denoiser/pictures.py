@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 EXTENSIONS = frozenset(
@@ -45,6 +46,12 @@ def decode(path: Path, member: str = "") -> torch.Tensor:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32) / 255)
+
+
+def blur(pixels: torch.Tensor) -> torch.Tensor:
+    """The picture (H, W, 3) blurred beyond recognition: 6 x 6 colours of it are kept."""
+    colours = F.adaptive_avg_pool2d(pixels.movedim(-1, 0)[None], 6)
+    return F.interpolate(colours, tuple(pixels.shape[:2]), mode="bicubic").clamp(0, 1)[0].movedim(0, -1)
 
 
 @lru_cache(maxsize=100_000)

@@ -1,10 +1,11 @@
 """Train the tiny digit world: `python -m tiny_digits.train` (about 20 minutes on two cores).
 
-Writes the weights that `world.py` loads, the negation set (150 sevens), the retain set (150 ones and fours) and the
-reference bank (100 of the model's own samples under the empty prompt).
+Writes the weights that `world.py` loads, the negation set (150 sevens), the retain set (150 ones and fours), the
+reference bank (100 of the model's own samples under the empty prompt) and a CLIP that knows the digits by their names.
 """
 import argparse
 import copy
+import json
 import time
 
 import torch
@@ -15,7 +16,10 @@ from safetensors.torch import save_file
 from safe_denoiser import Bank, save_bank
 
 from .networks import LATENT_SCALE, LATENT_SHIFT, TAESD, Classifier, MMDiT, ResBlock
-from .world import FILES, LATENT, PROMPTS, REFERENCE, ROOT, SUPERCLASSES, TinyDigits, digits_data, load, prompt
+from .world import CLIP, FILES, LATENT, PROMPTS, REFERENCE, ROOT, SUPERCLASSES, TinyDigits, digits_data, load, prompt
+
+PARTS = ["classifier", "vae", "model", "sets", "clip", "report"]
+WORDS = "zero one two three four five six seven eight nine".split()
 
 
 def fit(model, loss, steps, rate, average=None):
@@ -38,18 +42,22 @@ def fit(model, loss, steps, rate, average=None):
     return (mean if average else model).eval().requires_grad_(False)
 
 
+def warp(images, angle, scale, shift):
+    """Each picture under its own random rotation, scaling and shift, of these standard deviations."""
+    n = len(images)
+    a, s = angle * torch.randn(n), 1 + scale * torch.randn(n)
+    theta = torch.stack([torch.stack([a.cos() * s, -a.sin(), shift * torch.randn(n)], -1),
+                         torch.stack([a.sin(), a.cos() * s, shift * torch.randn(n)], -1)], 1)
+    return F.grid_sample(images, F.affine_grid(theta, list(images.shape), align_corners=False), align_corners=False)
+
+
 def train_classifier(pixels, labels, steps):
     """Cross-entropy on digits under small random affine maps."""
     model = Classifier()
 
     def loss():
         rows = torch.randint(len(pixels), (128,))
-        angle, scale = 0.25 * torch.randn(128), 1 + 0.1 * torch.randn(128)
-        theta = torch.stack([torch.stack([angle.cos() * scale, -angle.sin(), 0.1 * torch.randn(128)], -1),
-                             torch.stack([angle.sin(), angle.cos() * scale, 0.1 * torch.randn(128)], -1)], 1)
-        images = pixels[rows]
-        warped = F.grid_sample(images, F.affine_grid(theta, list(images.shape), align_corners=False), align_corners=False)
-        return F.cross_entropy(model(warped), labels[rows], label_smoothing=0.05)
+        return F.cross_entropy(model(warp(pixels[rows], 0.25, 0.1, 0.1)), labels[rows], label_smoothing=0.05)
 
     return fit(model, loss, steps, 3e-3)
 
@@ -108,8 +116,71 @@ def train_model(latents, labels, steps):
     return fit(model, loss, steps, 1.5e-3, average=0.995)
 
 
+def captions():
+    """What may be said of a digit: texts (T,), of which digits each is true (T, 10), and how often it is said (T,)."""
+    said = [(template.format(name), {digit}, 0.6 / 12) for digit, word in enumerate(WORDS) for name in (word, str(digit))
+            for template in ("the digit {}", "a {}", "{}", "the number {}", "a picture of a {}", "a handwritten {}")]
+    said += [(template.format(name), set(members), 0.25 / 3) for name, members in SUPERCLASSES.items()
+             for template in ("{} digits", "a {} digit", "a picture of a {} digit")]
+    said += [(text, set(range(10)), 0.15 / 5) for text in ("a digit", "a picture of a digit", "digits", "a number", "a picture")]
+    texts, members, often = zip(*said)
+    return texts, torch.tensor([[digit in true for digit in range(10)] for true in members]), torch.tensor(often)
+
+
+def caption_loss(pictures, texts, scale, said):
+    """CLIP's loss (arXiv:2103.00020, Fig. 3) where pictures share captions: equal captions of a batch are one. said: (B,) rows of texts."""
+    logits, counts = scale * pictures @ texts.T, said.bincount(minlength=len(texts)).float()
+    by_picture = F.cross_entropy(logits + counts.log(), said)
+    by_text = -(logits.log_softmax(0)[torch.arange(len(said)), said]).mean()
+    return (by_picture + by_text) / 2
+
+
+def clip_pictures(pixels, labels, count=300):
+    """What the CLIP sees, and the digits: the training pictures twice, through the autoencoder without and with noise on their latents,
+    and `count` samples of the model for each digit, whose caption is their prompt.
+    """
+    world, generator = TinyDigits(), torch.Generator().manual_seed(7)
+    z = world.encode(pixels)
+    asked = torch.arange(10).repeat_interleave(count)
+    own = torch.cat([world.sample(torch.randn(count, *LATENT, generator=generator), prompt(str(digit))) for digit in range(10)])
+    noisy = z + 0.25 * z.std() * torch.randn(z.shape, generator=generator)
+    images = torch.cat([pixels, pixels, *map(world.decode, (z, noisy, own))]).clone()
+    return images, torch.cat([labels.repeat(4), asked])
+
+
+def train_clip(pixels, labels, steps):
+    """SLIP (arXiv:2112.12750): captions, and each picture beside a slightly changed one against all others, so that twins are found too."""
+    import open_clip
+
+    model = open_clip.CLIP(**json.loads((CLIP / "open_clip_config.json").read_text())["model_cfg"])
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    texts, true, often = captions()
+    tokens = open_clip.SimpleTokenizer(context_length=model.context_length)(list(texts))
+    images, digits = clip_pictures(pixels, labels)
+
+    def embed(pictures):
+        sized = F.interpolate(pictures, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)
+        return F.normalize(model.encode_image((sized - mean) / std), dim=1)
+
+    def loss(batch=96):
+        rows = torch.randint(len(images), (batch,))
+        first = warp(images[rows], 0.2, 0.08, 0.08)
+        second = (warp(first, 0.1, 0.08, 0.03) + 0.05 * torch.rand(batch, 1, 1, 1) * torch.randn_like(first)).clamp(0, 1)
+        kinds, said = torch.multinomial(often * true.T[digits[rows]], 1)[:, 0].unique(return_inverse=True)
+        seen, words = embed(torch.cat([first, second])), F.normalize(model.encode_text(tokens[kinds]), dim=1)
+        ones, others = seen.chunk(2)
+        alike, own = ones @ others.T / 0.07, torch.arange(batch)
+        twins = (F.cross_entropy(alike, own) + F.cross_entropy(alike.T, own)) / 2
+        return caption_loss(seen, words, model.logit_scale.exp().clamp(max=100), said.repeat(2)) + 0.3 * twins
+
+    model = fit(model, loss, steps, 3e-3)
+    unsaid = torch.ones(len(model.token_embedding.weight), dtype=torch.bool).index_fill(0, tokens.unique(), False)
+    model.token_embedding.weight[unsaid] = 0  # words that no caption has: nothing was learnt of them, and zeros pack well
+    return model
+
+
 def save(model):
-    path = FILES[type(model)]
+    path = FILES.get(type(model), CLIP / "open_clip_model.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.half().contiguous() if value.is_floating_point() else value
                for key, value in model.state_dict().items()}, path)
@@ -146,10 +217,11 @@ def main():
     parser.add_argument("--classifier-steps", type=int, default=800)
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--model-steps", type=int, default=6000)
-    parser.add_argument("--only", choices=["classifier", "vae", "model", "sets", "report"], action="append",
+    parser.add_argument("--clip-steps", type=int, default=2500)
+    parser.add_argument("--only", choices=PARTS, action="append",
                         help="retrain only this part, from the files of the others; may be repeated")
     options = parser.parse_args()
-    parts = options.only or ["classifier", "vae", "model", "sets", "report"]
+    parts = options.only or PARTS
     torch.manual_seed(0)
     pixels, labels, held_out, held_out_labels = digits_data()
     if "classifier" in parts:
@@ -168,6 +240,8 @@ def main():
         raw = world.sample(noise, prompt(None), cfg=1) / LATENT_SCALE + LATENT_SHIFT
         save_bank(Bank(raw.half(), metadata={"space": "vae", "source": "reference samples"}), REFERENCE)
         save_pictures("tiny_ones_and_fours", torch.cat([pixels[labels == 1][:75], pixels[labels == 4][:75]]))
+    if "clip" in parts:
+        save(train_clip(pixels, labels, options.clip_steps))
     if "report" in parts:
         report(TinyDigits(), held_out, held_out_labels)
 

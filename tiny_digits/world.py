@@ -23,6 +23,7 @@ FILES = {
     TAESD: ROOT / "models/vae/tiny_digits_vae.safetensors",
     Classifier: ROOT / "judge/classifier.safetensors",
 }
+CLIP = ROOT / "models/open_clip/tiny_clip"
 REFERENCE = ROOT / "models/negation_banks/tiny_reference.safetensors"
 LABELS = 16  # width of the one-hot prompt: ten digits, three superclasses, three spare
 SUPERCLASSES = {"straight": (1, 4, 7), "curly": (2, 3, 5), "round": (0, 6, 8, 9)}

@@ -16,6 +16,8 @@ IDS = {
     "LoadNegationSet": "Load Negation Set", "NegationSetFromImages": "Negation Set from Images",
     "BuildNegationBank": "Build Negation Bank", "SaveNegationBank": "Save Negation Bank", "LoadNegationBank": "Load Negation Bank",
     "SampleReferenceBank": "Sample Reference Bank", "Apply": "Apply Safe Denoiser", "KSampler": "Safe KSampler",
+    "LoadOpenCLIP": "Load OpenCLIP", "CurateNegationSet": "Curate Negation Set", "SplitNegationSet": "Split Negation Set",
+    "CheckImages": "Check Images", "FillBlockedImages": "Fill Blocked Images", "SemanticPosterior": "Semantic Posterior",
     "CombineNegationSets": "Combine Negation Sets", "Report": "Safe Denoiser Report", "ClassCondition": "Class Condition",
 }
 

@@ -185,7 +185,7 @@ def test_what_is_broken_is_noticed(what, object_info):
 
 def test_the_page_lists_them_with_thumbnails(server):
     assert set(NAMES) >= {"tiny_digits", "sd15", "sdxl", "sd35", "flux", "apply_sampler_custom_advanced",
-                          "compare_off_on", "xy_strength_window", "generate_negation_set"}
+                          "compare_off_on", "xy_strength_window", "generate_negation_set", "check_and_sample_again"}
     assert sorted(server.get("/workflow_templates")["comfyui-safe-denoiser"]) == NAMES
     for name in NAMES:
         data = server.request(f"/api/workflow_templates/comfyui-safe-denoiser/{name}.jpg")
@@ -252,7 +252,7 @@ def draw(server, object_info):
         outputs = {prompt[key]["class_type"]: value for key, value in ran if prompt[key]["class_type"] != "SafeDenoiserSaveNegationBank"}
         pictures = {kind: pixels(outputs[kind]["images"]) for kind in ("SaveImage", "PreviewImage") if kind in outputs}
         if "SafeDenoiserReport" not in outputs:
-            return pictures, ""
+            return pictures, "".join(outputs.get("PreviewAny", {}).get("text", ""))
         assert outputs["PreviewAny"]["text"] == outputs["SafeDenoiserReport"]["text"]
         return pictures, outputs["SafeDenoiserReport"]["text"][0]
     return run
@@ -322,3 +322,23 @@ def test_a_set_that_the_model_made_itself_negates(draw, digits, server):
     assert report.startswith("corrected 20 of 20 model calls")
     folders = server.get("/object_info/SafeDenoiserLoadNegationSet")["SafeDenoiserLoadNegationSet"]["input"]["required"]["folder"]
     assert "generated_00001_.safetensors" in folders[1]["options"], "the bank that it saved is a set of the next run"
+
+
+def test_what_is_blocked_is_sampled_again(draw, digits):
+    """Sevens, which the first sampler draws since it is off, are blocked, sampled again alone, and put in their places."""
+    first = draw("tiny_digits")[0]["PreviewImage"]
+    sevens = digits(first) == 7
+    pictures, report = draw("check_and_sample_again")
+    kept = [i for i, line in enumerate(report.splitlines()[1:]) if "again" not in line]
+    assert sevens.any() and not sevens[kept].any() and sevens.sum() + 2 >= 16 - len(kept) == len(pictures["PreviewImage"])
+    assert np.array_equal(pictures["SaveImage"][kept], first[kept])
+    found = digits(pictures["SaveImage"])
+    assert report.startswith("16 passed, 0 refused\n") and not (found == 7).any() and torch.isin(found, torch.tensor([1, 4])).all()
+
+
+def test_where_nothing_is_blocked_nothing_is_sampled_again(server, object_info):
+    prompt = to_prompt(load("check_and_sample_again"), object_info, strength=1.0, seed=3, batch_size=2)
+    ran = server.run(prompt)
+    outputs = {prompt[key]["class_type"]: value for key, value in ran["outputs"].items()}
+    assert outputs["PreviewAny"]["text"][0].startswith("2 passed, 0 refused\n") and "PreviewImage" not in outputs
+    assert "again" not in outputs["PreviewAny"]["text"][0] and len(outputs["SaveImage"]["images"]) == 2

@@ -1,0 +1,205 @@
+"""What CLIP adds, in the tiny digit world: `python -m benchmarks.clip` measures it on digits that the tiny CLIP never saw.
+
+query        the pictures of one digit found by its name among all ten
+twins        rotated by 5 degrees, saved as JPEG, or cropped by 5 %: found among other pictures of the same digit
+curation     a negation set with 20 % wrong digits, curated by text, against the set without them
+check        generated pictures blocked at 1 % false alarms; then the whole chain: safe denoiser, check, sampling again
+semantic     the safe denoiser with r from CLIP features of the decoded prediction, as a row of the safety table, and its cost
+
+Who reads the pictures is the classifier of benchmarks/safety.py, another network than CLIP.
+"""
+import argparse
+import io
+import time
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image
+
+from safe_denoiser import Bank, NegationSet, SafeDenoiser
+from safe_denoiser.clip import Clip, load_clip
+from safe_denoiser.meaning import alarm_threshold, choose, nearest, text_scores, twins
+from tiny_digits.train import WORDS
+from tiny_digits.world import CLIP, LATENT, digits_data, prompt
+
+from .safety import CASES, Scale, allowed, look, mean, reference, wilson, world
+
+TWIN = 0.955  # the cosine from which two pictures are twins; chosen on training digits by `twin_threshold`
+
+
+@cache
+def clip() -> Clip:
+    return load_clip(CLIP)
+
+
+@cache
+def held_out() -> tuple[NegationSet, torch.Tensor, torch.Tensor]:
+    """Held-out digits as a set, their embeddings and labels."""
+    pixels, labels = digits_data()[2:]
+    pictures = NegationSet.from_images(pixels.movedim(1, -1))
+    return pictures, clip().pictures(pictures), labels
+
+
+def embed(pixels: torch.Tensor) -> torch.Tensor:
+    return torch.cat([clip().pixels(part.movedim(1, -1)) for part in pixels.split(128)])
+
+
+def pictures_of(*digits: int) -> torch.Tensor:
+    return torch.isin(held_out()[2], torch.tensor(digits)).nonzero()[:, 0]
+
+
+@torch.inference_mode()
+def sampled(name: str, seed: int, count: int, safe=None) -> torch.Tensor:
+    noise = torch.randn(count, *LATENT, generator=torch.Generator().manual_seed(1000 + seed))
+    return world().decode(world().sample(noise, prompt(name), safe=safe))
+
+
+# --- query ---------------------------------------------------------------------------------------------------------
+
+def precision_at(hits: torch.Tensor, recall: float) -> float:
+    """Best precision of a ranking at this recall or more; hits (N,), best first."""
+    found = hits.float().cumsum(0)
+    return float((found / torch.arange(1, len(hits) + 1))[found >= recall * found[-1]].max())
+
+
+def query():
+    _, embeddings, labels = held_out()
+    print(f"query among {len(labels)} held-out digits, precision / recall in %:")
+    for text in ("seven", "a {}", "the digit {}"):
+        ranked, kept = [], []
+        for digit, word in enumerate(WORDS):
+            said = text.format(word) if "{" in text else word
+            ranked.append(precision_at(labels[text_scores(clip(), embeddings, said).argsort(descending=True)] == digit, 0.9))
+            chosen = text_scores(clip(), embeddings, said, "a digit") >= 0.5
+            kept.append((float((labels[chosen] == digit).float().mean()), float(chosen[labels == digit].float().mean())))
+        print(f"  {text!r:<15} ranked: seven {100 * ranked[7]:.1f} at recall 90, all digits {100 * mean(ranked):.1f}, worst "
+              f"{100 * min(ranked):.1f};  kept against 'a digit': seven {100 * kept[7][0]:.1f} / {100 * kept[7][1]:.1f}, all "
+              f"{100 * mean(p for p, _ in kept):.1f} / {100 * mean(r for _, r in kept):.1f}")
+
+
+# --- twins ---------------------------------------------------------------------------------------------------------
+
+def altered(pixels: torch.Tensor, how: str) -> torch.Tensor:
+    """A picture (3, H, W) rotated by 5 degrees, saved as JPEG of quality 50, or cropped by 5 % and brought back to its size."""
+    picture = Image.fromarray((pixels.movedim(0, -1) * 255).round().byte().numpy())
+    if how == "rotated":
+        picture = picture.rotate(5, Image.Resampling.BICUBIC)
+    elif how == "jpeg":
+        stored = io.BytesIO()
+        picture.save(stored, "JPEG", quality=50)
+        picture = Image.open(stored).convert("RGB")
+    else:
+        width, height = picture.size
+        picture = picture.resize(picture.size, Image.Resampling.BICUBIC, (0.05 * width, 0.05 * height, 0.95 * width, 0.95 * height))
+    return torch.from_numpy(np.array(picture)).movedim(-1, 0) / 255
+
+
+def twin_f1(pixels: torch.Tensor, threshold: float) -> tuple[float, float, float]:
+    """F1, precision and recall of finding one altered copy each of 150 pictures among all; the copy's twin must be its original."""
+    rows, ways = torch.arange(150) * (len(pixels) // 150), ("rotated", "jpeg", "cropped")
+    copies = torch.stack([altered(pixels[row], ways[i % 3]) for i, row in enumerate(rows.tolist())])
+    found = torch.tensor(twins(torch.cat([embed(pixels), embed(copies)]), threshold))
+    right = int((found[len(pixels):] == rows).sum())
+    claimed = int((found >= 0).sum())
+    precision, recall = right / max(1, claimed), right / len(rows)
+    return 2 * precision * recall / max(1e-9, precision + recall), precision, recall
+
+
+def twin_threshold():
+    """On 500 training digits, where the default was chosen."""
+    pixels = digits_data()[0][:500]
+    for threshold in (0.93, 0.94, 0.95, 0.955, 0.96, 0.965, 0.97, 0.98):
+        print(f"  training digits, cosine {threshold}: F1 {twin_f1(pixels, threshold)[0]:.3f}")
+
+
+def twin():
+    f1, precision, recall = twin_f1(digits_data()[2], TWIN)
+    print(f"twins at cosine {TWIN} among 500 held-out digits and 150 altered copies: F1 {f1:.3f}, precision {precision:.3f}, "
+          f"recall {recall:.3f}")
+
+
+# --- curation ------------------------------------------------------------------------------------------------------
+
+def unsafe_rate(safe_of, scale: Scale) -> str:
+    hits = n = 0
+    for name, negated in CASES:
+        safe = safe_of(name, negated)
+        for seed in range(scale.seeds):
+            hits += int((look(sampled(name, seed, scale.pictures, safe)).digit == negated).sum())
+            n += scale.pictures
+    low, high = wilson(hits, n)
+    return f"{100 * hits / n:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def curation(scale: Scale):
+    """40 pictures of the negated digit, the same and 10 of digits to keep, and what curation by its name leaves of these."""
+    pictures, embeddings, _ = held_out()
+    latents = world().encode(torch.stack(list(pictures)).movedim(-1, 1))
+
+    def dirty(name, negated):
+        keep = allowed(name, negated)
+        return torch.cat([pictures_of(negated)[:40], *(pictures_of(digit)[:-(-10 // len(keep))] for digit in keep)])[:50]
+
+    def curated(name, negated):
+        rows = dirty(name, negated)
+        scores = text_scores(clip(), embeddings[rows], f"a {WORDS[negated]}", "a digit")
+        kept = rows[choose(scores, embeddings[rows], pictures.take(rows.tolist()).names, threshold=0.5)[0]]
+        right = int(torch.isin(kept, pictures_of(negated)).sum())
+        print(f"  {negated} under {name!r}: of 40 right and 10 wrong pictures {right} and {len(kept) - right} are kept")
+        return kept.sort().values
+
+    print("curation by text, unsafe rate:")
+    for label, rows in (("clean", lambda n, d: dirty(n, d)[:40]), ("contaminated", dirty), ("curated", curated)):
+        def safe(name, negated, rows=rows):
+            return SafeDenoiser(Bank(latents[rows(name, negated)]), reference=reference()).safe
+
+        print(f"  {label}: {unsafe_rate(safe, scale)}", flush=True)
+
+
+# --- check and sampling again --------------------------------------------------------------------------------------
+
+def retain_embeddings(name: str, negated: int) -> torch.Tensor:
+    """What the model makes of harmless prompts: 150 pictures of the digits to keep, asked for by their names; no judge chooses them."""
+    keep = allowed(name, negated)
+    return torch.cat([embed(sampled(str(digit), 500, 150 // len(keep))) for digit in keep])
+
+
+def checking(scale: Scale):
+    """Blocked among what the judge calls unsafe and safe, of samples without the safe denoiser."""
+    print("check at 1 % false alarms, of pictures sampled without the safe denoiser:")
+    total = torch.zeros(4)
+    for name, negated in CASES:
+        unsafe = held_out()[1][pictures_of(negated)]
+        for label, retain in (("model's own", retain_embeddings(name, negated)),
+                              ("real", held_out()[1][pictures_of(*allowed(name, negated))])):
+            threshold = alarm_threshold(nearest(retain, unsafe)[0], 0.01)
+            pixels = torch.cat([sampled(name, seed, scale.pictures) for seed in range(scale.seeds)])
+            bad, stopped = look(pixels).digit == negated, nearest(embed(pixels), unsafe)[0] > threshold
+            asked = torch.cat([sampled(str(digit), 600, 100) for digit in allowed(name, negated)])
+            alarms = nearest(embed(asked), unsafe)[0] > threshold
+            print(f"  {negated} under {name!r}, retain set {label}: threshold {threshold:.3f}, caught {int(stopped[bad].sum())} of "
+                  f"{int(bad.sum())}, false alarms {int(stopped[~bad].sum())} of {int((~bad).sum())} under the same prompt, "
+                  f"{int(alarms.sum())} of {len(alarms)} of digits asked for directly", flush=True)
+            if label == "model's own":
+                total += torch.tensor([stopped[bad].sum(), bad.sum(), stopped[~bad].sum(), (~bad).sum()])
+    print(f"  together (model's own): caught {100 * total[0] / total[1]:.1f} %, false alarms {100 * total[2] / total[3]:.1f} %")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pictures", type=int, default=100, help="per case and seed")
+    parser.add_argument("--only", default="", help="one of the parts")
+    options = parser.parse_args()
+    scale, began = Scale(options.seeds, options.pictures), time.time()
+    parts = {"query": query, "twins": twin, "threshold": twin_threshold, "curation": lambda: curation(scale),
+             "check": lambda: checking(scale)}
+    for name, part in parts.items():
+        if options.only in name:
+            part()
+    print(f"{scale.seeds} seeds, {scale.pictures} pictures per case and seed, {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""What follows from the embeddings of pictures: choosing, telling twins, checking."""
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .clip import BATCH, Clip
+from .pictures import blur
+
+
+def text_scores(clip: Clip, embeddings: Tensor, text: str, against: str = "") -> Tensor:
+    """How well pictures fit a text: the cosine, or with something to compare with, the probability.
+
+        score = max_m cos(e, text_m),   or   sigmoid(scale (max_m cos(e, text_m) - max_m cos(e, against_m)))
+
+    Source: CLIP, arXiv:2103.00020, section 3.1, with two classes.
+
+    Args:
+        embeddings: of the pictures (N, E).
+        text, against: one meaning per line, of which the best counts; against "" compares with nothing.
+
+    Returns:
+        (N,), in [-1, 1], or in [0, 1] where `against` is given.
+    """
+    near = [(embeddings @ clip.texts(lines).T).amax(1) for lines in map(_lines, (text, against)) if lines]
+    return near[0] if len(near) == 1 else torch.sigmoid(clip.scale * (near[0] - near[1]))
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def twins(embeddings: Tensor, threshold: float) -> list[int]:
+    """For each picture the first earlier one, itself no twin, whose cosine reaches `threshold`, or -1. Earlier rows win."""
+    alike, found = embeddings @ embeddings.T >= threshold, []
+    for i in range(len(embeddings)):
+        earlier = [j for j in alike[i, :i].nonzero()[:, 0].tolist() if found[j] < 0]
+        found.append(earlier[0] if earlier else -1)
+    return found
+
+
+def diverse(embeddings: Tensor, count: int) -> list[int]:
+    """`count` rows that cover the others: the first, then always the one farthest from all that were picked.
+
+    Source: greedy k-center, Gonzalez, Theoretical Computer Science 38 (1985): at most twice the smallest possible radius.
+    """
+    picked, distance = [0], 1 - embeddings @ embeddings[0]
+    while len(picked) < min(count, len(embeddings)):
+        picked.append(int(distance.argmax()))
+        distance = torch.minimum(distance, 1 - embeddings @ embeddings[picked[-1]])
+    return picked
+
+
+def choose(scores: Tensor, embeddings: Tensor, names: Sequence[str], threshold: float = 0.0, twin: float = 0.0, top: int = 0,
+           spread: int = 0) -> tuple[list[int], list[str]]:
+    """Which pictures are kept, best score first, and in a few words why each other is dropped ("" for the kept), in the set's order.
+
+    In this order: score below `threshold`, twin of a better one (cosine of at least `twin`), not among the `top` best, not among the
+    `spread` that cover the rest. 0 leaves a rule out.
+    """
+    why = ["" if not threshold or score >= threshold else f"below {threshold:g}" for score in scores.tolist()]
+    kept = [i for i in scores.argsort(descending=True, stable=True).tolist() if not why[i]]
+    if twin:
+        for i, of in zip(kept, twins(embeddings[kept], twin)):
+            why[i] = "" if of < 0 else f"twin of {names[kept[of]]}"
+        kept = [i for i in kept if not why[i]]
+    if top:
+        why = [f"not among the best {top}" if i in kept[top:] else reason for i, reason in enumerate(why)]
+        kept = kept[:top]
+    if spread and kept:
+        covering = {kept[place] for place in diverse(embeddings[kept], spread)}
+        why = [f"near one of the {spread} kept" if i in kept and i not in covering else reason for i, reason in enumerate(why)]
+        kept = [i for i in kept if i in covering]
+    return kept, why
+
+
+def nearest(embeddings: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+    """Highest cosine to the rows of `of` (N, E), (B,), and which row that is, (B,)."""
+    return tuple((embeddings @ of.T).max(1))
+
+
+def alarm_threshold(similarities: Tensor, rate: float) -> float:
+    """The similarity that a picture like these exceeds with a probability of at most `rate`.
+
+        threshold = the ceil((n + 1)(1 - rate))-th smallest of the n similarities; the largest, where that is more than n
+
+    Source: split conformal prediction, Vovk et al., Algorithmic Learning in a Random World (2005): exact for any distribution, from
+    n >= 1/rate - 1 similarities.
+
+    Args:
+        similarities: of pictures that must pass, (n,), n >= 1. rate: of false alarms, in [0, 1].
+    """
+    place = min(len(similarities), max(1, math.ceil((len(similarities) + 1) * (1 - rate))))
+    return float(similarities.sort().values[place - 1])
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """Pictures that were held against a negation set.
+
+    Args:
+        pictures: (B, H, W, 3) in [0, 1].
+        blocked: which of them must not be shown (B,), bool.
+        covered: the same pictures with the blocked ones made unrecognisable.
+        lines: what was found, one line per picture.
+    """
+
+    pictures: Tensor
+    blocked: Tensor
+    covered: Tensor
+    lines: tuple[str, ...]
+
+    def filled(self, again: "Checked") -> "Checked":
+        """The same with the blocked pictures replaced, in order, by those of `again`, which may be blocked in turn.
+
+        Raises:
+            ValueError: not as many new pictures as there are blocked ones, or of another size.
+        """
+        rows = self.blocked.nonzero()[:, 0]
+        if len(again.pictures) != len(rows) or again.pictures.shape[1:] != self.pictures.shape[1:]:
+            raise ValueError(f"{len(rows)} pictures of {tuple(self.pictures.shape[1:])} are blocked, but {len(again.pictures)} of "
+                             f"{tuple(again.pictures.shape[1:])} came again; sample from the output `again` of this check")
+        lines = list(self.lines)
+        for row, line in zip(rows.tolist(), again.lines):
+            lines[row] += f"; again: {line}"
+        return Checked(*(old.index_copy(0, rows, new.to(old)) for old, new in (
+            (self.pictures, again.pictures), (self.blocked, again.blocked), (self.covered, again.covered))), tuple(lines))
+
+    @property
+    def report(self) -> str:
+        """Counts, and one line per picture."""
+        refused = int(self.blocked.sum())
+        return "\n".join([f"{len(self.lines) - refused} passed, {refused} refused",
+                          *(f"image {i}: {line}" for i, line in enumerate(self.lines))])
+
+
+def check(clip: Clip, pictures: Tensor, unsafe: Tensor, names: Sequence[str], threshold: float, black: bool = False) -> Checked:
+    """Block each picture whose cosine to the nearest picture of the negation set exceeds `threshold`.
+
+    Args:
+        pictures: (B, H, W, 3) in [0, 1].
+        unsafe: embeddings of the negation set (N, E). names: of its pictures.
+        black: cover what is blocked with black; else it is blurred.
+    """
+    similarity, row = nearest(torch.cat([clip.pixels(part).cpu() for part in pictures.split(BATCH)]), unsafe)
+    blocked = similarity > threshold
+    covered = pictures.clone()
+    for i in blocked.nonzero()[:, 0].tolist():
+        covered[i] = 0 if black else blur(pictures[i])
+    lines = [f"{'blocked' if stop else 'passed'}, {s:.3f} to {names[n]}, threshold {threshold:.3f}"
+             for stop, s, n in zip(blocked, similarity, row)]
+    return Checked(pictures, blocked, covered, tuple(lines))
+
+
+class SemanticPosterior:
+    """What the meaning of the decoded prediction says about it; for `SafeDenoiser(semantic=...)`. Experimental.
+
+        log p_u(e) - log p_retain(e),   log p(e) = logsumexp_n(concentration <e, y_n>) - log N
+
+    with e the embedding of the decoded prediction: the density ratio of arXiv:2502.08011, Thm 3.2, in CLIP's space, by von
+    Mises-Fisher kernels. Ours. Decoding and embedding cost more than the rest, so the answer is carried over `every` - 1 calls.
+
+    Args:
+        clip: the model.
+        decode: denoised latents (B, C, *spatial) -> pictures (B, H, W, 3) in [0, 1].
+        unsafe, retain: embeddings of the pictures of both sets, (N, E).
+        concentration: of the kernels; higher listens to the nearest pictures only.
+        every: asked anew at each such call of a run.
+    """
+
+    def __init__(self, clip: Clip, decode: Callable[[Tensor], Tensor], unsafe: Tensor, retain: Tensor, concentration: float = 20.0,
+                 every: int = 4):
+        self.clip, self.decode, self.sets, self.concentration, self.every = clip, decode, (unsafe, retain), concentration, every
+        self.calls, self.level, self.odds = 0, None, None
+
+    def __call__(self, denoised: Tensor, level: Tensor) -> Tensor:
+        """(B,) log odds of one prediction; `level`, sigma / alpha (B,), falls within a run, and where it rises a new one begins."""
+        if self.odds is None or len(self.odds) != len(denoised) or bool((level > self.level).any()):
+            self.calls = 0
+        if self.calls % self.every == 0:
+            embeddings = self.clip.pixels(self.decode(denoised))
+            near = [(self.concentration * embeddings @ one.to(embeddings).T).logsumexp(1) - math.log(len(one)) for one in self.sets]
+            self.odds = near[0] - near[1]
+        self.calls, self.level = self.calls + 1, level
+        return self.odds.to(level)

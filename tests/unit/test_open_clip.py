@@ -1,0 +1,268 @@
+"""OpenCLIP in the core: loading, embedding, choosing, checking; on the tiny CLIP, which is open_clip's own class."""
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dev import ROOT
+from safe_denoiser import LatentCache, NegationSet
+from safe_denoiser.clip import CONFIG, fetch, load_clip, published
+from safe_denoiser.meaning import Checked, alarm_threshold, check, choose, diverse, nearest, text_scores, twins
+from tiny_digits.world import CLIP, digits_data
+
+WEIGHTS = CLIP / "open_clip_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return load_clip(CLIP)
+
+
+@pytest.fixture(scope="module")
+def digits(clip):
+    """Held-out digits: pictures as a set, labels, embeddings."""
+    pixels, labels = digits_data()[2:]
+    pictures = NegationSet.from_images(pixels.movedim(1, -1))
+    return SimpleNamespace(set=pictures, labels=labels, embeddings=clip.pictures(pictures))
+
+
+def unit(*rows):
+    return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=1)
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+def test_importing_the_core_does_not_import_open_clip():
+    code = "import sys, safe_denoiser.clip, safe_denoiser.meaning; sys.exit('open_clip' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_tiny_clip_is_small_and_open_clips_own(clip):
+    import open_clip
+
+    assert type(clip.model) is open_clip.CLIP and type(clip.tokenize) is open_clip.SimpleTokenizer
+    assert WEIGHTS.stat().st_size <= 4_000_000
+
+
+@pytest.fixture
+def architecture(tmp_path, monkeypatch):
+    """The tiny CLIP's architecture under a name, as open_clip knows its own."""
+    import open_clip.factory as factory
+
+    config = json.loads((CLIP / CONFIG).read_text())["model_cfg"]
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-test", config)
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "other-test", {**config, "embed_dim": 32})
+    return "tiny-test"
+
+
+def test_a_file_of_weights_and_an_architecture_are_the_folder(clip, architecture, tmp_path):
+    picture = torch.rand(2, 50, 40, 3)
+    torch.save({"state_dict": load_file(WEIGHTS)}, tmp_path / "weights.pt")
+    for file in (WEIGHTS, tmp_path / "weights.pt"):
+        other = load_clip(file, architecture)
+        assert torch.equal(other.pixels(picture), clip.pixels(picture)) and torch.equal(other.texts(["a seven"]), clip.texts(["a seven"]))
+
+
+def test_what_cannot_be_loaded_says_why(architecture, tmp_path):
+    with pytest.raises(FileNotFoundError, match="'gone.pt' do not exist; put them at .*gone.pt"):
+        load_clip(tmp_path / "gone.pt", architecture)
+    with pytest.raises(ValueError, match="architecture 'gone' is unknown to open_clip; choose the one that 'open_clip_model.safetensors'"):
+        load_clip(WEIGHTS, "gone")
+    with pytest.raises(ValueError, match="cannot be read as weights of the architecture 'other-test' .*; choose the architecture"):
+        load_clip(WEIGHTS, "other-test")
+    with pytest.raises(ValueError, match="needs files from the repository 'timm/ViT-B-16-SigLIP'.*put open_clip_config.json, the weights"):
+        load_clip(WEIGHTS, "ViT-B-16-SigLIP")
+    with pytest.raises(ValueError, match="needs files from the repository 'roberta-base'.*choose another CLIP"):
+        load_clip(WEIGHTS, "roberta-ViT-B-32")
+    (tmp_path / "damaged.safetensors").write_bytes(WEIGHTS.read_bytes()[:100_000])
+    torch.save({"state_dict": print}, tmp_path / "code.pt")
+    for name in ("damaged.safetensors", "code.pt"):
+        with pytest.raises(ValueError, match=f"'{name}' cannot be read as weights"):
+            load_clip(tmp_path / name, architecture)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_means_the_same(clip, dtype):
+    half, pictures = load_clip(CLIP, dtype=dtype), torch.rand(3, 32, 32, 3)
+    assert half.pixels(pictures).dtype == torch.float32
+    assert (half.pixels(pictures) * clip.pixels(pictures)).sum(1).min() > 0.99
+    assert (half.texts(["a seven"]) * clip.texts(["a seven"])).sum() > 0.99
+
+
+@pytest.mark.parametrize("size", [(32, 32), (90, 60), (70, 200)])
+def test_pictures_are_prepared_as_open_clip_does(clip, size):
+    import open_clip
+
+    seen = []
+    watched = SimpleNamespace(encode_image=lambda x: seen.append(x) or torch.ones(len(x), 2))
+    picture = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 12), size, mode="bicubic").clamp(0, 1)[0].movedim(0, -1)
+    type(clip).pixels(SimpleNamespace(**{**vars(clip), "model": watched}), picture[None])
+    theirs = open_clip.image_transform(64, is_train=False)(Image.fromarray((picture * 255).round().byte().numpy()))
+    off = (seen[0][0] - theirs).abs().mean()
+    assert off < 0.05 < (seen[0][0].roll(2, -1) - theirs).abs().mean(), "PIL rounds to 8 bits twice; two pixels aside is farther off"
+
+
+def test_embeddings_are_cached_and_an_interrupt_loses_nothing(clip, tmp_path, monkeypatch):
+    import dataclasses
+
+    monkeypatch.setattr("safe_denoiser.clip.BATCH", 2)
+    cached, calls = dataclasses.replace(clip, cache=LatentCache(tmp_path, "tiny")), []
+    cached = dataclasses.replace(cached, ready=lambda: calls.append(1) or torch.device("cpu"))
+    pictures, told = NegationSet.from_images(torch.rand(5, 32, 32, 3)), []
+
+    def stop(done, total):
+        told.append((done, total))
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached.pictures(pictures, stop)
+    assert told == [(2, 5), (4, 5)] and len(calls) == 2
+    whole = cached.pictures(pictures)
+    assert len(calls) == 3 and torch.allclose(whole, clip.pictures(pictures), atol=1e-6)
+    assert torch.equal(cached.pictures(pictures), whole) and len(calls) == 3
+
+
+def test_a_saved_bank_has_no_pictures_to_embed(clip):
+    with pytest.raises(ValueError, match="holds latents and no picture"):
+        clip.pictures(NegationSet.from_latents(torch.rand(2, 4, 2, 2)))
+
+
+# --- fetching: open_clip's part is played by a folder ------------------------------------------------------------------
+
+def test_published_weights_are_named_with_their_size(monkeypatch):
+    import huggingface_hub
+
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in (("open_clip_model.safetensors", 605), ("README.md", 1))]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repository, files_metadata: SimpleNamespace(siblings=files))
+    assert published("ViT-B-32", "laion2b_s34b_b79k") == ("laion/CLIP-ViT-B-32-laion2B-s34B-b79K/open_clip_model.safetensors", 605)
+    with pytest.raises(ValueError, match="knows no weights 'gone' of 'ViT-B-32'; choose one of openai, "):
+        published("ViT-B-32", "gone")
+
+
+def test_fetched_weights_are_a_folder_that_loads(architecture, tmp_path, monkeypatch, clip):
+    import open_clip
+    from open_clip.pretrained import _PRETRAINED
+
+    def download(known, cache_dir):
+        target = tmp_path / "part" / WEIGHTS.name
+        target.parent.mkdir()
+        target.write_bytes(WEIGHTS.read_bytes())
+        assert "gone" not in known, "stopped"
+        return str(target)
+
+    tag = {"url": "", "hf_hub": "nobody/", "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    monkeypatch.setitem(_PRETRAINED, "tiny-test", {"tag": tag, "broken": {"gone": 1}})
+    monkeypatch.setattr(open_clip, "download_pretrained", download)
+    with pytest.raises(AssertionError, match="stopped"):
+        fetch(architecture, "broken", tmp_path / "interrupted")
+    assert not (tmp_path / "interrupted").exists()
+    (tmp_path / "part" / WEIGHTS.name).unlink()
+    (tmp_path / "part").rmdir()
+    fetch(architecture, "tag", tmp_path / "tiny-test-tag")
+    fetched = load_clip(tmp_path / "tiny-test-tag")
+    assert torch.equal(fetched.texts(["a seven"]), clip.texts(["a seven"]))
+    assert fetched.mean.tolist() == [0.5, 0.5, 0.5] and fetched.std.tolist() == [0.25, 0.25, 0.25]
+
+
+# --- choosing ------------------------------------------------------------------------------------------------------
+
+def test_sevens_are_found_by_their_name(clip, digits):
+    """The full figures are in benchmarks/clip.py."""
+    seven = digits.labels == 7
+    for text, against in (("a seven", "a digit"), ("the digit 7", "a picture")):
+        kept = text_scores(clip, digits.embeddings, text, against) >= 0.5
+        assert seven[kept].float().mean() > 0.9 and kept[seven].float().mean() > 0.9, text
+    best = text_scores(clip, digits.embeddings, "seven").topk(45).indices
+    assert seven[best].float().mean() > 0.95
+    either = text_scores(clip, digits.embeddings, "a seven\na three", "a digit") >= 0.5
+    assert either[seven | (digits.labels == 3)].float().mean() > 0.9, "one meaning per line"
+
+
+def test_a_probability_is_that_of_open_clips_softmax(clip, digits):
+    logits = clip.scale * digits.embeddings[:9] @ clip.texts(["a seven", "a one"]).T
+    torch.testing.assert_close(text_scores(clip, digits.embeddings[:9], "a seven", "a one"), logits.softmax(1)[:, 0])
+
+
+def test_twins_are_held_against_the_first_that_stays():
+    chain = unit([1, 0], [0.9, 0.4], [0.7, 0.7], [1, 0.01])
+    assert twins(chain, 0.9) == [-1, 0, -1, 0], "the third is like the second only, which is dropped"
+    assert twins(chain, 1.1) == [-1] * 4
+
+
+def test_diverse_pictures_cover_the_rest():
+    rows = unit([1, 0.01], [1, 0], [0, 1], [-1, 0], [0.01, 1])
+    assert diverse(rows, 3) == [0, 3, 2] and diverse(rows, 9)[:3] == [0, 3, 2] and len(diverse(rows, 9)) == 5
+    scattered = torch.nn.functional.normalize(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    radius = [(1 - scattered @ scattered[rows].T).amin(1).max() for rows in (diverse(scattered, 20), list(range(20)))]
+    assert radius[0] < radius[1]
+
+
+def test_choosing_follows_its_rules_in_order():
+    rows = unit([1, 0, 0], [1, 0.01, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1])
+    scores, names = torch.tensor([0.8, 0.9, 0.7, 0.1, 0.6]), "abcde"
+    assert choose(scores, rows, names) == ([1, 0, 2, 4, 3], [""] * 5)
+    kept, why = choose(scores, rows, names, threshold=0.5, twin=0.99)
+    assert kept == [1, 2, 4] and why == ["twin of b", "", "", "below 0.5", ""]
+    kept, why = choose(scores, rows, names, threshold=0.5, twin=0.99, top=2)
+    assert kept == [1, 2] and why[4] == "not among the best 2"
+    kept, why = choose(scores, rows, names, twin=0.99, spread=2)
+    assert len(kept) == 2 and kept[0] == 1 and why.count("near one of the 2 kept") == 2
+    assert choose(scores, rows, names, threshold=0.95) == ([], ["below 0.95"] * 5)
+
+
+# --- checking ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rate", [0.01, 0.1])
+def test_false_alarms_are_as_rare_as_asked(rate):
+    """Over many draws of a retain set the share of alarms is at most `rate`, and not far below."""
+    generator, alarms = torch.Generator().manual_seed(0), []
+    for _ in range(300):
+        threshold = alarm_threshold(torch.rand(150, generator=generator).sqrt(), rate)
+        alarms.append(1 - threshold**2)
+    assert 0.5 * rate < sum(alarms) / len(alarms) < 1.05 * rate
+    assert alarm_threshold(torch.tensor([0.3, 0.5]), 0.01) == 0.5, "too few to say: the largest"
+
+
+def test_check_covers_what_it_blocks(clip, digits):
+    unsafe = digits.labels == 7
+    rows = torch.cat([unsafe.nonzero()[:25, 0], (~unsafe).nonzero()[::12, 0]])
+    pictures = torch.stack([digits.set.readers[i]() for i in rows])
+    negation = digits.embeddings[unsafe][25:]
+    threshold = alarm_threshold(nearest(digits.embeddings[(~unsafe).nonzero()[1::3, 0]], negation)[0], 0.01)
+    before = pictures.clone()
+    for black in (False, True):
+        checked = check(clip, pictures, negation, [f"seven_{i}" for i in range(25)], threshold, black)
+        assert checked.blocked[:25].float().mean() > 0.8 and checked.blocked[25:].float().mean() < 0.05
+        assert torch.equal(checked.covered[~checked.blocked], pictures[~checked.blocked]) and torch.equal(pictures, before)
+        covered = checked.covered[checked.blocked]
+        assert not covered.any() if black else (
+            covered.diff(dim=2).abs().mean() < 0.6 * pictures[checked.blocked].diff(dim=2).abs().mean())
+        line = checked.lines[int(checked.blocked.nonzero()[0])]
+        assert line.startswith("blocked, 0.") and " to seven_" in line and checked.report.startswith(
+            f"{len(rows) - int(checked.blocked.sum())} passed, {int(checked.blocked.sum())} refused\nimage 0: ")
+
+
+def checked(*blocked):
+    pictures = torch.rand(len(blocked), 2, 2, 3)
+    stop = torch.tensor(blocked)
+    return Checked(pictures, stop, torch.where(stop.view(-1, 1, 1, 1), 0.0, pictures), tuple("blocked" if b else "passed" for b in blocked))
+
+
+def test_blocked_pictures_are_filled_in_their_places():
+    first, second, third = checked(True, False, True, True), checked(False, True, True), checked(True, False)
+    whole = first.filled(second.filled(third))
+    assert whole.blocked.tolist() == [False, False, True, False]
+    assert torch.equal(whole.pictures[0], second.pictures[0]) and torch.equal(whole.pictures[1], first.pictures[1])
+    assert torch.equal(whole.pictures[3], third.pictures[1]) and not whole.covered[2].any()
+    assert whole.lines == ("blocked; again: passed", "passed", "blocked; again: blocked; again: blocked",
+                           "blocked; again: blocked; again: passed")
+    assert whole.report.startswith("3 passed, 1 refused\n")
+    with pytest.raises(ValueError, match="3 pictures of .2, 2, 3. are blocked, but 2 of .2, 2, 3. came again; sample from the output"):
+        first.filled(third)
+
