@@ -7,6 +7,7 @@ import comfy.latent_formats
 import comfy.model_management
 import comfy.utils
 import folder_paths
+import torch
 from comfy_api.latest import io
 
 from ..safe_denoiser import LatentCache, encode_bank, load_bank, save_bank
@@ -16,6 +17,12 @@ from .fingerprint import fingerprint, fingerprint_weights
 from .types import CATEGORY, NegationBankType, NegationSetType
 
 DECODABLE = "The latents of a bank can be decoded back into pictures: share one as you would share the pictures."
+
+
+def memory(device) -> int:
+    """Bytes that a bank may take on a device: what ComfyUI says is free, less what it keeps for inference."""
+    management = comfy.model_management
+    return max(0, int(management.get_free_memory(device) - management.minimum_inference_memory()))
 
 
 def require_pictures(samples, latent_format=None) -> None:
@@ -118,7 +125,7 @@ class LoadNegationBank(io.ComfyNode):
 
     @classmethod
     def execute(cls, bank) -> io.NodeOutput:
-        return io.NodeOutput(load_bank(folders.resolve(folders.BANKS, bank)))
+        return io.NodeOutput(load_bank(folders.resolve(folders.BANKS, bank), memory(torch.device("cpu"))))
 
 
 NODES = [BuildNegationBank, SaveNegationBank, LoadNegationBank]

@@ -21,6 +21,7 @@ WEIGHTS = ("auto", "evidence", "retain", "gate", "unconditional", "reference", "
 PUSHES = ("guided", "unconditional")
 TUNED = {"evidence": (0.25, 3.0), "retain": (0.4, 3.0), "unconditional": (0.3, 1.5)}  # prior and evidence, see benchmarks/RESULTS.md
 PLAIN = (0.25, 0.0)  # the others are there for comparison, as published: no evidence
+SAMPLE = 1024  # items of a larger bank on which it is calibrated: their Gram matrix is held in memory
 PERPLEXITY = 0.2  # share of the bank that the automatic temperature lets weigh, at noise of the bank's own spread
 
 
@@ -149,9 +150,14 @@ class SafeDenoiser:
 
     @cached_property
     def latents(self) -> Tensor:
-        """The bank as the chosen method reads it, flat (N, D) in fp32 or better."""
+        """The bank as the neighbours' methods read it, flat (N, D) in fp32 or better, in memory."""
         bank = self.bank.normalised() if self.method.startswith("official") and self.root is None else self.bank
-        return bank.latents.flatten(1).to(torch.promote_types(bank.latents.dtype, torch.float32))
+        return bank.latents[:].flatten(1).to(torch.promote_types(bank.latents.dtype, torch.float32))
+
+    @cached_property
+    def sample(self) -> Bank:
+        """The part of the bank that bandwidth, temperature and curves are calibrated on, in fp32 or better."""
+        return self.bank.sample(SAMPLE).to(dtype=torch.promote_types(self.bank.latents.dtype, torch.float32))
 
     @cached_property
     def neighbour_distance(self) -> float:
@@ -168,18 +174,18 @@ class SafeDenoiser:
             return self.bandwidth
         if self.method == "sgf":
             return self.neighbour_distance
-        return {"official": 3.15, "official_sd3": 1.0}.get(self.method) or 0.4 * float(self.latents.std(correction=0))
+        return {"official": 3.15, "official_sd3": 1.0}.get(self.method) or 0.4 * float(self.sample.latents.std(correction=0))
 
     @cached_property
     def kernel_temperature(self) -> float:
         """T: as given, else where a fixed share of the bank weighs in."""
         if self.temperature is not None:
             return self.temperature
-        return max(1.0, temperature_for(self.bank, self.kernel_bandwidth, max(1.0, PERPLEXITY * (len(self.bank) - 1)), self.root))
+        return max(1.0, temperature_for(self.sample, self.kernel_bandwidth, max(1.0, PERPLEXITY * (len(self.sample) - 1)), self.root))
 
     @cached_property
     def calibration(self) -> Calibration:
-        return calibrate(self.bank, self.kernel_bandwidth, self.kernel_temperature, self.root)
+        return calibrate(self.sample, self.kernel_bandwidth, self.kernel_temperature, self.root)
 
     def density(self, bank: Bank, p: Prediction) -> Posterior:
         """Posterior of one bank at x, with the bandwidth and temperature that all banks share."""
@@ -227,7 +233,8 @@ class SafeDenoiser:
         """tracked, triangle, gate, constant: beta (B,) from the bank alone."""
         if weight == "constant":
             return torch.ones_like(p.sigma)
-        level, spread, reach, trace = self.calibration.at(p.sigma, p.alpha)
+        home = self.calibration.grid.device  # the CPU where the bank is too large for the device of x
+        level, spread, reach, trace = (curve.to(p.x.device) for curve in self.calibration.at(p.sigma.to(home), p.alpha.to(home)))
         if weight == "gate":
             return methods.typicality(unsafe, level, spread)
         if weight == "triangle":
@@ -283,7 +290,7 @@ class SafeDenoiser:
         With root = sqrt(m) that is |root x - root y|^2, so each method works unchanged on inputs and banks multiplied by root. The
         kernel keeps the bandwidth of the whole bank, which is a length per element.
         """
-        root = mask.to(self.latents.dtype).sqrt()
+        root = mask.to(torch.promote_types(self.bank.latents.dtype, torch.float32)).sqrt()
         bank = self.bank.normalised() if self.method.startswith("official") else self.bank
         return replace(self, bank=bank.masked(root), retain=self.retain and self.retain.masked(root),
                        reference=self.reference and self.reference.masked(root), bandwidth=self.kernel_bandwidth, root=root)

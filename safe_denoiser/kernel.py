@@ -1,9 +1,11 @@
 """Kernel density of a bank under the forward process: the only code that reads the whole bank."""
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .bank import Stored, squared_norms_of
 
 CACHED, SENT = 2**22, 2**26  # bytes of a block: one that stays in a CPU's cache between its two uses, one that keeps a GPU busy
 NEAR = 8  # items of a block whose distance is computed exactly
@@ -44,24 +46,20 @@ def squared_distances(x: Tensor, latents: Tensor, alpha: Tensor, squared_norms: 
     return d2.clamp_min(0).scatter(1, near, (x[:, None] - alpha[:, :, None] * latents[near]).square().sum(2))
 
 
-def blocks(latents, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """A bank (N, *shape) as flat blocks (n, D) in the dtype and on the device of `like`, each with its place.
+def read(latents: Tensor | Stored, start: int, stop: int, like: Tensor) -> Tensor:
+    """Items start to stop of a bank, flat (n, D), in the dtype and on the device of `like`; what is so already is not copied."""
+    return latents[start:stop].to(like.device, non_blocking=True).to(like.dtype).flatten(1)
 
-    What is already there on a GPU comes whole and uncopied. On a CPU a block is small enough to stay in the cache, so that using it
-    twice reads memory once; what is stored in half precision, on another device or on disk is copied block by block.
+
+def rows_per_block(latents: Tensor | Stored, like: Tensor) -> tuple[int, int]:
+    """How many rows (of D numbers in the dtype of `like`) to use at once: at least, and at most.
+
+    On a CPU a block stays in the cache, so that using it twice reads memory once. A bank that lies ready is not copied, so that
+    nothing but the cache limits a block; one in half precision, on another device or on disk is copied, and a block limits the copy.
     """
-    size = like.element_size() * max(1, like.shape[-1])
-    on_cpu, there = like.device.type == "cpu", (latents.device, latents.dtype) == (like.device, like.dtype)
-    count = len(latents) if there and not on_cpu else max(1, (CACHED if on_cpu else SENT) // size)
-    for start in range(0, len(latents), count):
-        place = slice(start, min(start + count, len(latents)))
-        yield place, latents[place].to(like.device, non_blocking=True).to(like.dtype).flatten(1)
-
-
-def squared_norms_of(latents) -> Tensor:
-    """|y_n|^2 of a bank (N, *shape), (N,), accumulated in fp32 or better."""
-    like = torch.empty(0, latents.shape[1:].numel(), dtype=torch.promote_types(latents.dtype, torch.float32), device=latents.device)
-    return torch.cat([torch.linalg.vector_norm(block, dim=1).square() for _, block in blocks(latents, like)])
+    on_cpu, ready = like.device.type == "cpu", (latents.device, latents.dtype) == (like.device, like.dtype)
+    least = max(1, (CACHED if on_cpu else SENT) // (like.element_size() * max(1, like.shape[1])))
+    return (least if on_cpu or not ready else len(latents)), (len(latents) if ready else least)
 
 
 class _Mixture:
@@ -74,45 +72,50 @@ class _Mixture:
 
     def __init__(self, x: Tensor, sigma: Tensor, alpha: Tensor, gain: Tensor, log_weights: Tensor, squared_norms: Tensor, omit: float):
         self.x, self.alpha, self.noise, self.gain, self.log_weights = x, alpha, sigma.square(), gain, log_weights
-        own = (x.square() - self.noise).sum(1, keepdim=True)
+        self.on_cpu, self.slope = x.device.type == "cpu", 2 * gain * alpha
+        own = x.square().sub_(self.noise).sum(1, keepdim=True)
         self.logits = log_weights - gain * (own + alpha.square() * squared_norms)  # (B, N), but for the matmul
         self.top = x.new_full((len(x), 1), -torch.inf)  # largest logit so far
         self.total, self.sum = torch.zeros_like(self.top), torch.zeros_like(x)  # sums of exp(l - top) and exp(l - top) y
-        if x.device.type == "cpu":
-            largest = squared_norms.amax()
-            reach = alpha.square() * largest + 2 * alpha * x.square().sum(1, keepdim=True).sqrt() * largest.sqrt()
-            self.rounding = torch.finfo(x.dtype).eps * gain * reach
-            self.careful = bool((self.rounding > ROUNDING).any())
-            self.floor = torch.log(x.new_tensor(omit / squared_norms.numel())) - 2 * self.rounding  # such an item does not count
+        if self.on_cpu:
+            norm = alpha * squared_norms.amax().sqrt()
+            length = (own + self.noise * x.shape[1]).clamp_min(0).sqrt()
+            rounding = torch.finfo(x.dtype).eps * gain * norm * (norm + 2 * length)
+            self.careful = bool((rounding > ROUNDING).any())
+            self.floor = math.log(omit / squared_norms.numel()) - 2 * rounding  # an item that far below the top does not count
 
     def exact(self, items: Tensor, log_weights: Tensor) -> Tensor:
         """Logits of items (..., K, D), (B, K)."""
         gap = (self.alpha[:, :, None] * items).sub_(self.x[:, None]).square_()
         return log_weights - self.gain * gap.sub_(self.noise[:, :, None]).sum(2)
 
-    def add(self, place: slice, block: Tensor) -> None:
-        """One block. On a CPU only the rows that can count are read again; elsewhere all are, since looking would make the host wait."""
-        part, prior = self.logits[:, place], self.log_weights[place]
-        part.addcmul_(2 * self.gain * self.alpha, self.x @ block.T)
-        self.top, before = torch.maximum(self.top, part.amax(1, keepdim=True)), self.top
-        careful = block.device.type != "cpu" or self.careful
-        if block.device.type == "cpu":
-            index = (part > self.top + self.floor).any(0).nonzero()[:, 0]
+    def add(self, start: int, block: Tensor) -> bool:
+        """One block; whether many of its rows count. On a CPU only rows that can count are used again; elsewhere all are, since
+        looking would make the host wait.
+        """
+        part = self.logits.narrow(1, start, len(block)).addcmul_(self.slope, self.x @ block.T)
+        prior, careful = self.log_weights[start:start + len(block)], not self.on_cpu or self.careful
+        top, many = torch.maximum(self.top, part.amax(1, keepdim=True)), True
+        if self.on_cpu:
+            index = (part > top + self.floor).any(0).nonzero()[:, 0]
             if not len(index):
-                return
-            if len(index) <= max(1, len(block) // 16):
-                block, logits = block[index], self.exact(block[index], prior[index])
-                part[:, index], part, careful = logits, logits, False
+                return False
+            many = len(index) > max(1, len(block) // 16)
+            if not many:
+                block, careful = block[index], False
+                part[:, index] = logits = self.exact(block, prior[index])
+                part = logits
         if careful:
             near = part.topk(min(NEAR, len(block))).indices  # (B, K)
             part.scatter_(1, near, self.exact(block[near], prior[near]))
-        self.top = torch.maximum(before, part.amax(1, keepdim=True))
-        weights, fade = (part - self.top).exp(), (before - self.top).exp()
-        self.total = self.total * fade + weights.sum(1, keepdim=True)
+        top = torch.maximum(self.top, part.amax(1, keepdim=True))
+        weights, fade = (part - top).exp_(), (self.top - top).exp_()
+        self.top, self.total = top, self.total * fade + weights.sum(1, keepdim=True)
         self.sum.mul_(fade).addmm_(weights, block)
+        return many
 
 
-def posterior(x: Tensor, latents, sigma: float | Tensor, alpha: float | Tensor = 1.0, bandwidth: float = 0.0,
+def posterior(x: Tensor, latents: Tensor | Stored, sigma: float | Tensor, alpha: float | Tensor = 1.0, bandwidth: float = 0.0,
               temperature: float = 1.0, log_weights: Tensor | None = None, squared_norms: Tensor | None = None,
               omit: float = 1e-6) -> Posterior:
     """Posterior mean, weights and density of a bank, each item blurred by a Gaussian kernel.
@@ -151,11 +154,14 @@ def posterior(x: Tensor, latents, sigma: float | Tensor, alpha: float | Tensor =
     norms = squared_norms_of(latents) if squared_norms is None else squared_norms
     prior = flat.new_full((n,), 1 / n).log() if log_weights is None else log_weights.to(flat)
     mixture = _Mixture(flat, sigma, alpha.expand_as(gain), gain, prior, norms.to(flat), omit)
-    for place, block in blocks(latents, flat):
-        mixture.add(place, block)
-    log_density = mixture.logits.logsumexp(1, keepdim=True)
-    weights = (mixture.logits - log_density).exp()
-    kept = mixture.total * (mixture.top - log_density).exp()
-    mean = (sigma.square() * (mixture.sum / mixture.total) + alpha * bandwidth**2 * flat) / s2
-    log_density = log_density - gain * sigma.square() * size
-    return Posterior(mean.view_as(x), log_density[:, 0], weights, (1 - kept[:, 0]).clamp_min(0))
+    least, most = rows_per_block(latents, flat)
+    start, count = 0, least
+    while start < n:
+        many = mixture.add(start, read(latents, start, start + count, flat))
+        start, count = start + count, least if many else min(4 * count, most)  # rows that are used once need no cache
+    log_density = mixture.top + mixture.total.log()  # of what was kept
+    weights = (mixture.logits - log_density).exp_()
+    whole = weights.sum(1, keepdim=True)  # 1 / whole was kept
+    mean = mixture.sum.mul_(sigma.square() / (mixture.total * s2)).addcmul_(flat, alpha * bandwidth**2 / s2)
+    log_density = log_density + whole.log() - gain * sigma.square() * size
+    return Posterior(mean.view_as(x), log_density[:, 0], weights / whole, (1 - 1 / whole[:, 0]).clamp_min(0))

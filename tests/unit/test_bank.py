@@ -1,11 +1,25 @@
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from safe_denoiser import Bank, LatentCache, NegationSet, combine_sets, encode_bank, load_bank, merge_banks, save_bank
-from safe_denoiser.bank import fit_picture
+from safe_denoiser import (
+    Bank,
+    LatentCache,
+    NegationSet,
+    SafeDenoiser,
+    combine_sets,
+    encode_bank,
+    kernel,
+    load_bank,
+    merge_banks,
+    posterior,
+    save_bank,
+)
+from safe_denoiser.bank import Stored, fit_picture
 
 
 def encode(image):
@@ -191,3 +205,55 @@ def test_a_saved_bank_is_a_set(pictures):
     assert torch.equal(mixed.latents, torch.cat([bank.latents] * 2))
     with pytest.raises(ValueError, match=r"the set mixes latents of shapes \[\(4, 4, 4\), \(4, 8, 8\)\]; a saved bank can be combined"):
         encode_bank(combine_sets([negation_set, pictures]), encode, (64, 64))
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A bank in memory, and the same bank left in its file."""
+    bank = Bank(torch.randn(300, 4, 16, 16, generator=torch.Generator().manual_seed(3)).half(), weights=torch.rand(300) + 0.5)
+    save_bank(bank, tmp_path / "bank.safetensors")
+    stored = load_bank(tmp_path / "bank.safetensors", memory=1000)
+    assert isinstance(stored.latents, Stored) and isinstance(load_bank(tmp_path / "bank.safetensors").latents, torch.Tensor)
+    return bank, stored
+
+
+def test_a_bank_that_stays_in_its_file_is_the_same_bank(large):
+    bank, stored = large
+    assert len(stored) == 300 and stored.latents.shape == bank.latents.shape and stored.latents.dtype == torch.float16
+    for key in (slice(None), slice(7, 9), slice(290, 400), slice(5, 5), torch.tensor([299, 0, 4])):
+        assert torch.equal(stored.latents[key], bank.latents[key])
+    assert torch.equal(stored.squared_norms, bank.squared_norms) and torch.equal(stored.log_weights, bank.log_weights)
+    assert torch.equal(stored.to(dtype=torch.float32).latents, bank.latents.float())
+    root = torch.rand(1024)
+    for change in (lambda b: b.masked(root), lambda b: b.normalised(), lambda b: b.resized((8, 8)), lambda b: b.sample(7)):
+        assert torch.equal(change(stored).latents[:], change(bank).latents[:])
+        assert change(stored).latents.shape == change(bank).latents.shape
+
+
+@pytest.mark.parametrize("sigma", [0.3, 3.0], ids=["concentrated", "spread"])
+def test_steps_from_the_file_are_steps_from_memory(large, monkeypatch, sigma):
+    monkeypatch.setattr(kernel, "CACHED", 2**16)  # 16 items at once
+    bank, stored = (SafeDenoiser(one, reference=Bank(torch.randn(20, 4, 16, 16, generator=torch.Generator().manual_seed(4))))
+                    for one in large)
+    x, denoised = (torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6))
+    x = large[0].latents[:2].float() + sigma * x
+    for mask in (None, (torch.rand(2, 1, 16, 16) > 0.5).float()):
+        (safe, step), (again, other) = (one.safe(x, denoised, sigma, mask=mask) for one in (stored, bank))
+        torch.testing.assert_close(safe, again, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(step.posterior, other.posterior, rtol=1e-6, atol=1e-6)
+
+
+def resident() -> int:
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_a_bank_on_disk_does_not_become_resident(tmp_path):
+    """250 MB on disk; the benchmark does the same with 3.3 GB."""
+    save_bank(Bank(torch.randn(8, 4, 64, 64).half().repeat(1000, 1, 1, 1)), tmp_path / "bank.safetensors")
+    x = torch.randn(1, 4, 64, 64)
+    posterior(x, x.repeat(99, 1, 1, 1), 1.0)  # what torch itself takes the first time
+    before = resident()
+    bank = load_bank(tmp_path / "bank.safetensors", memory=0)
+    got = posterior(x, bank.latents, 1.0, temperature=500.0, squared_norms=bank.squared_norms)
+    assert torch.isfinite(got.mean).all() and resident() - before < 60e6
