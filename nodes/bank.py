@@ -69,7 +69,8 @@ class BuildNegationBank(io.ComfyNode):
     @classmethod
     def execute(cls, negation_set, vae, latent, fit) -> io.NodeOutput:
         bar = comfy.utils.ProgressBar(len(negation_set))
-        cache = LatentCache(folders.cache("latents"), fingerprint(fingerprint_weights(vae.patcher), str(vae.vae_dtype)))
+        encoder = fingerprint(fingerprint_weights(vae.patcher), str(vae.vae_dtype))
+        cache = LatentCache(folders.cache("latents"), encoder, folders.CACHE_LIMIT)
 
         def progress(done, total):
             bar.update_absolute(done, total)

@@ -3,8 +3,12 @@ import hashlib
 import json
 import math
 import os
+import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from .negation_set import NegationSet
 
 FORMAT, VERSION = "safe_denoiser.bank", 1
 FITS = ("crop", "pad", "stretch")
+WORKERS, AHEAD = 3, 8  # threads that read and resize pictures, and how many pictures before they are encoded
 BLOCK = 2**22  # bytes read at once where a whole bank is read
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -211,15 +216,16 @@ def fit_picture(pixels: torch.Tensor, size: tuple[int, int], fit: str) -> torch.
 
 
 class LatentCache:
-    """Latents on disk, one file per picture, so that no picture is encoded twice.
+    """Latents on disk, one file per picture, so that no picture is encoded twice. Processes may share a folder.
 
     Args:
         folder: where the files go; made when missing.
         encoder: a fingerprint of whatever turns pixels into latents (the VAE's weights).
+        limit: bytes of the folder above which `trim` removes what was used least recently.
     """
 
-    def __init__(self, folder: str | Path, encoder: str):
-        self.folder, self.encoder = Path(folder), encoder
+    def __init__(self, folder: str | Path, encoder: str, limit: float = math.inf):
+        self.folder, self.encoder, self.limit = Path(folder), encoder, limit
 
     def path(self, fingerprint: str, size: Sequence[int], fit: str) -> Path:
         key = json.dumps([VERSION, self.encoder, fingerprint, list(size), fit])
@@ -228,19 +234,41 @@ class LatentCache:
     def get(self, path: Path) -> torch.Tensor | None:
         """The stored latent, or None when there is none or it is damaged."""
         try:
-            with safe_open(path, "pt") as file:
-                return file.get_tensor("latent")
-        except (OSError, SafetensorError):
+            latent = load(path.read_bytes())["latent"]  # read, not mapped: a mapped file cannot be replaced on Windows
+            os.utime(path)
+            return latent
+        except (OSError, SafetensorError, KeyError):
             return None
 
     def put(self, path: Path, latent: torch.Tensor) -> None:
-        _write(path, {"latent": latent})
+        with suppress(PermissionError):  # on Windows: another process is reading the same latent, which it has stored
+            _write(path, {"latent": latent})
+
+    def trim(self) -> None:
+        trim(self.folder, self.limit)
+
+
+def trim(folder: Path, limit: float) -> None:
+    """Remove the files of a cache that were used least recently, until those that stay take at most `limit` bytes."""
+    files, now = [], time.time()
+    for entry in os.scandir(folder) if folder.is_dir() else ():
+        with suppress(OSError):  # another process may remove files at the same time
+            status = entry.stat()
+            if not entry.name.endswith(".tmp") or now - status.st_mtime > 3600:  # a younger one is being written
+                files.append((status.st_mtime, status.st_size, entry.path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= limit:
+            break
+        with suppress(OSError):
+            os.unlink(path)
+        total -= size
 
 
 def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torch.Tensor], size: tuple[int, int],
                 fit: str = "crop", progress: Callable[[int, int], None] | None = None,
                 cache: LatentCache | None = None) -> Bank:
-    """Encode every picture of a set, one at a time (video VAEs read a batch as frames).
+    """Encode every picture of a set, one at a time (video VAEs read a batch as frames), while the next ones are read and resized.
 
     Args:
         negation_set: the pictures.
@@ -256,17 +284,33 @@ def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torc
     Raises:
         ValueError: the set holds latents of a saved bank whose shape differs from those that are encoded.
     """
-    latents, stored = [], negation_set.latents or (None,) * len(negation_set)
-    for i, (read, fingerprint) in enumerate(zip(negation_set.readers, negation_set.fingerprints)):
-        path = cache and cache.path(fingerprint, size, fit)
-        latent = stored[i] if stored[i] is not None else cache and cache.get(path)
-        if latent is None:
-            latent = encode(fit_picture(read(), size, fit)).detach().cpu().contiguous()
+    latents, count = [], len(negation_set)
+    stored = negation_set.latents or (None,) * count
+    paths = [cache and cache.path(fingerprint, size, fit) for fingerprint in negation_set.fingerprints]
+
+    def prepare(i: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The latent where there is one, else the picture."""
+        latent = stored[i] if stored[i] is not None else cache and cache.get(paths[i])
+        return (latent, None) if latent is not None else (None, fit_picture(negation_set.readers[i](), size, fit))
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        ahead = deque(pool.submit(prepare, i) for i in range(min(AHEAD, count)))
+        try:
+            for i in range(count):
+                latent, picture = ahead.popleft().result()
+                if i + AHEAD < count:
+                    ahead.append(pool.submit(prepare, i + AHEAD))
+                if latent is None:
+                    latent = encode(picture).detach().cpu().contiguous()
+                    if cache:
+                        cache.put(paths[i], latent)
+                latents.append(latent)
+                if progress:
+                    progress(i + 1, count)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
             if cache:
-                cache.put(path, latent)
-        latents.append(latent)
-        if progress:
-            progress(i + 1, len(negation_set))
+                cache.trim()
     shapes = sorted({tuple(latent.shape) for latent in latents})
     if len(shapes) > 1:
         raise ValueError(f"the set mixes latents of shapes {shapes}; a saved bank can be combined only with what the same VAE encodes "

@@ -1,5 +1,11 @@
+import math
+import os
 import re
+import subprocess
+import sys
 import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -257,3 +263,101 @@ def test_a_bank_on_disk_does_not_become_resident(tmp_path):
     bank = load_bank(tmp_path / "bank.safetensors", memory=0)
     got = posterior(x, bank.latents, 1.0, temperature=500.0, squared_norms=bank.squared_norms)
     assert torch.isfinite(got.mean).all() and resident() - before < 60e6
+
+
+def test_adding_ten_pictures_to_five_hundred_encodes_ten_and_none_takes_no_time(tmp_path):
+    pictures, calls = torch.rand(510, 16, 16, 3), []
+
+    def counted(image):
+        calls.append(1)
+        return torch.rand(4, 64, 64)
+
+    def build(count):
+        return encode_bank(NegationSet.from_images(pictures[:count]), counted, (16, 16), cache=LatentCache(tmp_path, "vae"))
+
+    build(500)
+    calls.clear()
+    first = build(510)
+    assert len(calls) == 10
+    began = time.perf_counter()
+    assert torch.equal(build(510).latents, first.latents) and len(calls) == 10
+    assert time.perf_counter() - began < 3, "a third of a second; the bound leaves room for a busy machine"
+
+
+def test_pictures_are_read_while_others_are_encoded():
+    """A quarter of a second of reading and of encoding each: together they take little more than the encoding."""
+    encoding = []
+
+    def slow_read(picture):
+        time.sleep(0.02)
+        return picture
+
+    def slow_encode(image):
+        began = time.perf_counter()
+        time.sleep(0.02)
+        encoding.append(time.perf_counter() - began)
+        return encode(image)
+
+    plain = NegationSet.from_images(torch.rand(24, 32, 32, 3))
+    slow = NegationSet(plain.names, plain.fingerprints, tuple(partial(slow_read, read()) for read in plain.readers))
+    began = time.perf_counter()
+    bank = encode_bank(slow, slow_encode, (32, 32))
+    assert sum(encoding) > 0.7 * (time.perf_counter() - began)
+    assert torch.equal(bank.latents, encode_bank(plain, encode, (32, 32)).latents), "and come out in order"
+
+
+def test_an_unreadable_picture_stops_the_build_with_its_own_error(pictures):
+    def broken():
+        raise OSError("picture file is truncated")
+
+    readers = (*pictures.readers[:3], broken, *pictures.readers[4:])
+    with pytest.raises(OSError, match="truncated"):
+        encode_bank(NegationSet(pictures.names, pictures.fingerprints, readers), encode, (32, 32))
+
+
+def test_the_cache_keeps_to_its_limit_and_forgets_what_was_not_used_for_longest(tmp_path):
+    def build(pixels, limit=math.inf):
+        calls = []
+        encode_bank(NegationSet.from_images(pixels), lambda image: calls.append(1) or encode(image), (32, 32),
+                    cache=LatentCache(tmp_path, "vae", limit))
+        return len(calls)
+
+    old, new = torch.rand(2, 4, 32, 32, 3)
+    assert build(old) == 4
+    size = sum(file.stat().st_size for file in tmp_path.iterdir()) // 4
+    for age, file in enumerate(tmp_path.iterdir()):
+        os.utime(file, (1000 + age, 1000 + age))
+    assert build(old[:1]) == 0, "used again: now the youngest"
+    (tmp_path / "dead.tmp").write_bytes(b"left by a process that died")
+    os.utime(tmp_path / "dead.tmp", (5, 5))
+    (tmp_path / "young.tmp").write_bytes(b"being written")
+    assert build(new, 5 * size) == 4
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5 and [file.name for file in tmp_path.glob("*.tmp")] == ["young.tmp"]
+    assert build(old[:1]) == 0 and build(new) == 0 and build(old) == 3
+
+
+WRITER = """
+import sys, torch
+from safe_denoiser import LatentCache, NegationSet, encode_bank
+pixels = torch.rand(60, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+limit = float(sys.argv[2])
+for _ in range(5):
+    bank = encode_bank(NegationSet.from_images(pixels), lambda image: image.movedim(-1, 0)[:, ::8, ::8], (16, 16),
+                       cache=LatentCache(sys.argv[1], "vae", limit))
+    assert torch.equal(bank.latents, pixels.movedim(-1, 1)[:, :, ::8, ::8])
+"""
+
+
+def test_two_processes_share_a_cache(tmp_path):
+    """One of them keeps the folder so small that both write and remove all the time; each gets its own pictures' latents."""
+    root = Path(__file__).resolve().parent.parent.parent
+    both = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), limit], cwd=root, stderr=subprocess.PIPE, text=True)
+            for limit in ("inf", "4000")]
+    for process in both:
+        assert process.communicate()[1] == "" and process.returncode == 0
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_it_builds_in_inference_mode_as_in_comfyui(pictures):
+    with torch.inference_mode():
+        assert encode_bank(NegationSet.from_images(torch.rand(3, 20, 20, 3)), encode, (32, 32)).latents.shape == (3, 4, 4, 4)
