@@ -37,6 +37,7 @@ class Step:
         nearest: index of the bank item that weighs most (B,).
         clamped: r or beta hit its ceiling (B,), bool.
         fallback: the prediction or its correction was not finite, so the prediction was returned unchanged (B,), bool.
+        omitted: weight of the bank items that E_u leaves out to save time (B,), see `posterior`.
     """
 
     sigma: Tensor
@@ -46,6 +47,7 @@ class Step:
     nearest: Tensor
     clamped: Tensor
     fallback: Tensor
+    omitted: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Correction:
     posterior: Tensor
     nearest: Tensor
     clamped: Tensor
+    omitted: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +230,7 @@ class SafeDenoiser:
         if weight == "ratio_beta":
             return self._by_beta(p, unsafe, r / (1 - r))
         direct = methods.from_retain if weight == "retain" else methods.from_reference
-        return Correction(direct(unsafe.mean, other, r), r, unsafe.weights.argmax(1), log_r > ceiling)
+        return Correction(direct(unsafe.mean, other, r), r, unsafe.weights.argmax(1), log_r > ceiling, unsafe.omitted)
 
     def _beta(self, weight: str, p: Prediction, unsafe: Posterior) -> Tensor:
         """tracked, triangle, gate, constant: beta (B,) from the bank alone."""
@@ -265,7 +268,8 @@ class SafeDenoiser:
                              "raise cfg or push 'guided'")
         pushed = p.unconditional if self.push == "unconditional" else p.denoised
         capped = beta.clamp_max(self.beta_max)
-        return Correction(methods.from_beta(pushed, unsafe.mean, capped), capped, unsafe.weights.argmax(1), beta > self.beta_max)
+        return Correction(methods.from_beta(pushed, unsafe.mean, capped), capped, unsafe.weights.argmax(1), beta > self.beta_max,
+                          unsafe.omitted)
 
     def _neighbour(self, p: Prediction) -> Correction:
         """spell, sgf and the official rules: methods that know no posterior."""
@@ -282,7 +286,7 @@ class SafeDenoiser:
                 query = query if self.root is None else query * self.root
             direction, factor = methods.official(p.denoised, self.latents, self.kernel_bandwidth, self.threshold, query)
             gate = (factor.sum(1) + 1e-8 > self.threshold).to(p.x.dtype)
-        return Correction(direction, gate, factor.argmax(1), torch.zeros_like(gate, dtype=torch.bool))
+        return Correction(direction, gate, factor.argmax(1), torch.zeros_like(gate, dtype=torch.bool), torch.zeros_like(gate))
 
     def masked(self, mask: Tensor) -> "SafeDenoiser":
         """The same safe denoiser inside a mask m (D,) in [0, 1]: every |x - y|^2 becomes sum m (x - y)^2.
@@ -309,7 +313,7 @@ class SafeDenoiser:
             x, denoised, empty = (y if y is None else y[index] * inside.root for y in (p.x, p.denoised, p.unconditional))
             part = inside.correct(Prediction(x, denoised, p.sigma[index], p.alpha[index], empty))
             whole = torch.where(inside.root > 0, part.direction / inside.root, 0)
-            parts.append((whole, part.posterior, part.nearest, part.clamped))
+            parts.append((whole, part.posterior, part.nearest, part.clamped, part.omitted))
         order = torch.cat([index for index, _ in self._memory["parts"]]).argsort()
         return Correction(*(torch.cat(values)[order] for values in zip(*parts)))
 
@@ -349,11 +353,17 @@ class SafeDenoiser:
         corrected = predicted + self.strength * correction.direction
         finite = torch.isfinite(corrected).all(1)
         active = inside & finite
-        size = (corrected - predicted).norm(dim=1) / predicted.norm(dim=1).clamp_min(1e-12)
-        step = Step(sigma, active, *(torch.where(active, value, 0) for value in (correction.posterior, size, correction.nearest)),
-                    clamped=active & correction.clamped, fallback=inside & ~finite)
+        step = self.step(predicted, correction, sigma, inside, finite)
         keep = active.view(-1, *[1] * (shaped.ndim - 1))
         return restore(torch.where(keep, corrected.view_as(shaped).to(denoised.dtype), shaped)), step
+
+    def step(self, predicted: Tensor, correction: Correction, sigma: Tensor, inside: Tensor, finite: Tensor) -> Step:
+        """What the report will say of a correction."""
+        active = inside & finite
+        size = abs(self.strength) * correction.direction.norm(dim=1) / predicted.norm(dim=1).clamp_min(1e-12)
+        values = (correction.posterior, size, correction.nearest)
+        return Step(sigma, active, *(torch.where(active, value, 0) for value in values), clamped=active & correction.clamped,
+                    fallback=inside & ~finite, omitted=torch.where(active, correction.omitted, 0))
 
     def _frames(self, x: Tensor):
         """x as a batch of things the size of a bank item, and the way back."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .bank import Stored, squared_norms_of
 
-CACHED, SENT = 2**22, 2**26  # bytes of a block: one that stays in a CPU's cache between its two uses, one that keeps a GPU busy
+CACHED, SENT = 6 * 2**20, 2**26  # bytes of a block: one that stays in a CPU's cache between its two uses, one that keeps a GPU busy
 NEAR = 8  # items of a block whose distance is computed exactly
 ROUNDING = 1e-5  # logits that rounding moves by less are left as they are
 
@@ -70,54 +70,55 @@ class _Mixture:
     as sum_i ((x_i - alpha y_i)^2 - sigma^2).
     """
 
-    def __init__(self, x: Tensor, sigma: Tensor, alpha: Tensor, gain: Tensor, log_weights: Tensor, squared_norms: Tensor, omit: float):
-        self.x, self.alpha, self.noise, self.gain, self.log_weights = x, alpha, sigma.square(), gain, log_weights
-        self.on_cpu, self.slope = x.device.type == "cpu", 2 * gain * alpha
-        own = x.square().sub_(self.noise).sum(1, keepdim=True)
-        self.logits = log_weights - gain * (own + alpha.square() * squared_norms)  # (B, N), but for the matmul
+    def __init__(self, x: Tensor, noise: Tensor, alpha: Tensor, gain: Tensor, log_weights: Tensor, squared_norms: Tensor, omit: float):
+        self.x, self.noise, self.alpha, self.gain, self.log_weights = x, noise, alpha, gain, log_weights
+        self.slope, self.on_cpu = 2 * gain * alpha, x.device.type == "cpu"
+        own, lengths = x.square().sub_(noise).sum(1, keepdim=True), alpha.square() * squared_norms  # (B, 1), (B, N)
+        self.logits = torch.addcmul(log_weights, gain, own + lengths, value=-1)  # (B, N), but for the matmul
         self.top = x.new_full((len(x), 1), -torch.inf)  # largest logit so far
         self.total, self.sum = torch.zeros_like(self.top), torch.zeros_like(x)  # sums of exp(l - top) and exp(l - top) y
         if self.on_cpu:
-            norm = alpha * squared_norms.amax().sqrt()
-            length = (own + self.noise * x.shape[1]).clamp_min(0).sqrt()
-            rounding = torch.finfo(x.dtype).eps * gain * norm * (norm + 2 * length)
-            self.careful = bool((rounding > ROUNDING).any())
+            longest = lengths.amax(1, keepdim=True)
+            reach = torch.add(own, noise, alpha=x.shape[1]).mul_(longest).abs_().sqrt_().mul_(2).add_(longest)  # 2 |x| |y| + |y|^2
+            rounding = reach.mul_(gain).mul_(torch.finfo(x.dtype).eps)
+            self.careful = float(rounding.amax()) > ROUNDING
             self.floor = math.log(omit / squared_norms.numel()) - 2 * rounding  # an item that far below the top does not count
 
     def exact(self, items: Tensor, log_weights: Tensor) -> Tensor:
         """Logits of items (..., K, D), (B, K)."""
         gap = (self.alpha[:, :, None] * items).sub_(self.x[:, None]).square_()
-        return log_weights - self.gain * gap.sub_(self.noise[:, :, None]).sum(2)
+        return torch.addcmul(log_weights, self.gain, gap.sub_(self.noise[:, :, None]).sum(2), value=-1)
 
     def add(self, start: int, block: Tensor) -> bool:
         """One block; whether many of its rows count. On a CPU only rows that can count are used again; elsewhere all are, since
         looking would make the host wait.
         """
         part = self.logits.narrow(1, start, len(block)).addcmul_(self.slope, self.x @ block.T)
-        prior, careful = self.log_weights[start:start + len(block)], not self.on_cpu or self.careful
-        top, many = torch.maximum(self.top, part.amax(1, keepdim=True)), True
+        prior, careful, many = self.log_weights.narrow(0, start, len(block)), not self.on_cpu or self.careful, True
+        top = torch.maximum(self.top, part.amax(1, keepdim=True))
         if self.on_cpu:
             index = (part > top + self.floor).any(0).nonzero()[:, 0]
             if not len(index):
                 return False
-            many = len(index) > max(1, len(block) // 16)
-            if not many:
-                block, careful = block[index], False
-                part[:, index] = logits = self.exact(block, prior[index])
-                part = logits
-        if careful:
+            many = len(index) > max(4, len(block) // (24 * (1 + len(part))))  # a copy for each x, and one: 4 % of the block
+        if not many:
+            block = block.index_select(0, index)
+            logits = self.exact(block, prior.index_select(0, index))
+            part.index_copy_(1, index, logits)
+            part, top = logits, torch.maximum(self.top, logits.amax(1, keepdim=True))
+        elif careful:
             near = part.topk(min(NEAR, len(block))).indices  # (B, K)
             part.scatter_(1, near, self.exact(block[near], prior[near]))
-        top = torch.maximum(self.top, part.amax(1, keepdim=True))
+            top = torch.maximum(self.top, part.amax(1, keepdim=True))
         weights, fade = (part - top).exp_(), (self.top - top).exp_()
-        self.top, self.total = top, self.total * fade + weights.sum(1, keepdim=True)
+        self.top, self.total = top, torch.addcmul(weights.sum(1, keepdim=True), self.total, fade)
         self.sum.mul_(fade).addmm_(weights, block)
         return many
 
 
 def posterior(x: Tensor, latents: Tensor | Stored, sigma: float | Tensor, alpha: float | Tensor = 1.0, bandwidth: float = 0.0,
               temperature: float = 1.0, log_weights: Tensor | None = None, squared_norms: Tensor | None = None,
-              omit: float = 1e-6) -> Posterior:
+              omit: float = 1e-12) -> Posterior:
     """Posterior mean, weights and density of a bank, each item blurred by a Gaussian kernel.
 
         s^2   = alpha^2 h^2 + sigma^2
@@ -139,7 +140,7 @@ def posterior(x: Tensor, latents: Tensor | Stored, sigma: float | Tensor, alpha:
         temperature: T; 1 is exact, more spreads the weights over more items (in high D, T = 1 picks one).
         log_weights: log pi_n, (N,); None is 1/N for each.
         squared_norms: |y_n|^2, (N,), when already known.
-        omit: the mean may leave out items that weigh no more than this together; it does on a CPU, where it saves time.
+        omit: the mean may leave out items that weigh no more than this together; it does so on a CPU, where that saves time.
 
     Raises:
         ValueError: x and the bank's items differ in size.
@@ -148,20 +149,21 @@ def posterior(x: Tensor, latents: Tensor | Stored, sigma: float | Tensor, alpha:
     n, size = len(latents), latents.shape[1:].numel()
     if flat.shape[1] != size:
         raise ValueError(f"x is {tuple(x.shape[1:])} but bank latents are {tuple(latents.shape[1:])}; they must be of one size")
-    sigma, alpha = rows(sigma, flat), rows(alpha, flat)
-    s2 = (alpha.square() * bandwidth**2 + sigma.square()).clamp_min(1e-12)
-    gain = (0.5 / temperature / s2).expand(len(flat), 1)
+    noise, alpha = rows(sigma, flat).square(), rows(alpha, flat).expand(len(flat), 1)
+    blur = alpha.square() * bandwidth**2
+    s2 = (blur + noise).clamp_min(1e-12)
+    gain = 0.5 / temperature / s2
     norms = squared_norms_of(latents) if squared_norms is None else squared_norms
     prior = flat.new_full((n,), 1 / n).log() if log_weights is None else log_weights.to(flat)
-    mixture = _Mixture(flat, sigma, alpha.expand_as(gain), gain, prior, norms.to(flat), omit)
+    mixture = _Mixture(flat, noise, alpha, gain, prior, norms.to(flat), omit)
     least, most = rows_per_block(latents, flat)
     start, count = 0, least
     while start < n:
         many = mixture.add(start, read(latents, start, start + count, flat))
-        start, count = start + count, least if many else min(4 * count, most)  # rows that are used once need no cache
+        start, count = start + count, least if many else most  # rows that are used once need no cache
     log_density = mixture.top + mixture.total.log()  # of what was kept
     weights = (mixture.logits - log_density).exp_()
     whole = weights.sum(1, keepdim=True)  # 1 / whole was kept
-    mean = mixture.sum.mul_(sigma.square() / (mixture.total * s2)).addcmul_(flat, alpha * bandwidth**2 / s2)
-    log_density = log_density + whole.log() - gain * sigma.square() * size
-    return Posterior(mean.view_as(x), log_density[:, 0], weights / whole, (1 - 1 / whole[:, 0]).clamp_min(0))
+    mean = mixture.sum.mul_(noise / (mixture.total * s2)).addcmul_(flat, alpha * bandwidth**2 / s2)
+    log_density = torch.addcmul(log_density + whole.log(), gain, noise, value=-size)
+    return Posterior(mean.view_as(x), log_density[:, 0], weights.div_(whole), (1 - 1 / whole)[:, 0].clamp_min_(0))
