@@ -8,6 +8,7 @@ from torch import Tensor
 from .bank import Stored, squared_norms_of
 
 CACHED, SENT = 6 * 2**20, 2**26  # bytes of a block: one that stays in a CPU's cache between its two uses, one that keeps a GPU busy
+WHOLE = 2**26  # bytes of a bank that a CPU uses as one block: here the cost of a block outweighs what the cache saves
 NEAR = 8  # items of a block whose distance is computed exactly
 ROUNDING = 1e-5  # logits that rounding moves by less are left as they are
 
@@ -19,14 +20,17 @@ class Posterior:
     Args:
         mean: E[x0 | x] under the bank, shaped like x (B, *shape).
         log_density: log p(x) under the bank, (B,), up to a constant shared by banks of equal D, bandwidth and temperature.
-        weights: P(item n | x), (B, N); rows sum to 1.
-        omitted: sum of the weights of the items that `mean` leaves out, (B,), at most what was asked for.
+        weights: P(item n | x), (B, N); rows sum to 1, or to 1 + omitted.
     """
 
     mean: Tensor
     log_density: Tensor
     weights: Tensor
-    omitted: Tensor
+
+    @property
+    def omitted(self) -> Tensor:
+        """Sum of the weights of the items that `mean` leaves out, (B,), at most what was asked for."""
+        return (self.weights.sum(1) - 1).clamp_min(0)
 
 
 def rows(value: float | Tensor, like: Tensor) -> Tensor:
@@ -58,8 +62,10 @@ def rows_per_block(latents: Tensor | Stored, like: Tensor) -> tuple[int, int]:
     nothing but the cache limits a block; one in half precision, on another device or on disk is copied, and a block limits the copy.
     """
     on_cpu, ready = like.device.type == "cpu", (latents.device, latents.dtype) == (like.device, like.dtype)
-    least = max(1, (CACHED if on_cpu else SENT) // (like.element_size() * max(1, like.shape[1])))
-    return (least if on_cpu or not ready else len(latents)), (len(latents) if ready else least)
+    row = like.element_size() * max(1, like.shape[1])
+    small = ready and (not on_cpu or len(latents) * row < WHOLE)
+    least = len(latents) if small else max(1, (CACHED if on_cpu else SENT) // row)
+    return least, (len(latents) if ready else least)
 
 
 class _Mixture:
@@ -76,7 +82,7 @@ class _Mixture:
         own, lengths = x.square().sub_(noise).sum(1, keepdim=True), alpha.square() * squared_norms  # (B, 1), (B, N)
         self.logits = torch.addcmul(log_weights, gain, own + lengths, value=-1)  # (B, N), but for the matmul
         self.top = x.new_full((len(x), 1), -torch.inf)  # largest logit so far
-        self.total, self.sum = torch.zeros_like(self.top), torch.zeros_like(x)  # sums of exp(l - top) and exp(l - top) y
+        self.total = self.sum = None  # sums of exp(l - top) and exp(l - top) y
         if self.on_cpu:
             longest = lengths.amax(1, keepdim=True)
             reach = torch.add(own, noise, alpha=x.shape[1]).mul_(longest).abs_().sqrt_().mul_(2).add_(longest)  # 2 |x| |y| + |y|^2
@@ -102,17 +108,23 @@ class _Mixture:
                 return False
             many = len(index) > max(4, len(block) // (24 * (1 + len(part))))  # a copy for each x, and one: 4 % of the block
         if not many:
-            block = block.index_select(0, index)
-            logits = self.exact(block, prior.index_select(0, index))
-            part.index_copy_(1, index, logits)
-            part, top = logits, torch.maximum(self.top, logits.amax(1, keepdim=True))
+            block, logits = block.index_select(0, index), part.index_select(1, index)
+            if careful:
+                logits = self.exact(block, prior.index_select(0, index))
+                part.index_copy_(1, index, logits)
+                top = torch.maximum(self.top, logits.amax(1, keepdim=True))
+            part = logits
         elif careful:
             near = part.topk(min(NEAR, len(block))).indices  # (B, K)
             part.scatter_(1, near, self.exact(block[near], prior[near]))
             top = torch.maximum(self.top, part.amax(1, keepdim=True))
-        weights, fade = (part - top).exp_(), (self.top - top).exp_()
-        self.top, self.total = top, torch.addcmul(weights.sum(1, keepdim=True), self.total, fade)
-        self.sum.mul_(fade).addmm_(weights, block)
+        weights = (part - top).exp_()
+        if self.sum is None:
+            self.total, self.sum = weights.sum(1, keepdim=True), weights @ block
+        else:
+            fade = (self.top - top).exp_()
+            self.total, self.sum = weights.sum(1, keepdim=True).addcmul_(self.total, fade), self.sum.mul_(fade).addmm_(weights, block)
+        self.top = top
         return many
 
 
@@ -150,9 +162,9 @@ def posterior(x: Tensor, latents: Tensor | Stored, sigma: float | Tensor, alpha:
     if flat.shape[1] != size:
         raise ValueError(f"x is {tuple(x.shape[1:])} but bank latents are {tuple(latents.shape[1:])}; they must be of one size")
     noise, alpha = rows(sigma, flat).square(), rows(alpha, flat).expand(len(flat), 1)
-    blur = alpha.square() * bandwidth**2
-    s2 = (blur + noise).clamp_min(1e-12)
-    gain = 0.5 / temperature / s2
+    s2 = (alpha.square() * bandwidth**2 + noise).clamp_min(1e-12)
+    gain, of_bank, of_x = 0.5 / temperature / s2, noise / s2, alpha * bandwidth**2 / s2
+    common = gain * noise * size
     norms = squared_norms_of(latents) if squared_norms is None else squared_norms
     prior = flat.new_full((n,), 1 / n).log() if log_weights is None else log_weights.to(flat)
     mixture = _Mixture(flat, noise, alpha, gain, prior, norms.to(flat), omit)
@@ -161,9 +173,7 @@ def posterior(x: Tensor, latents: Tensor | Stored, sigma: float | Tensor, alpha:
     while start < n:
         many = mixture.add(start, read(latents, start, start + count, flat))
         start, count = start + count, least if many else most  # rows that are used once need no cache
-    log_density = mixture.top + mixture.total.log()  # of what was kept
+    log_density = mixture.top + mixture.total.log()  # of the items that were kept
     weights = (mixture.logits - log_density).exp_()
-    whole = weights.sum(1, keepdim=True)  # 1 / whole was kept
-    mean = mixture.sum.mul_(noise / (mixture.total * s2)).addcmul_(flat, alpha * bandwidth**2 / s2)
-    log_density = torch.addcmul(log_density + whole.log(), gain, noise, value=-size)
-    return Posterior(mean.view_as(x), log_density[:, 0], weights.div_(whole), (1 - 1 / whole)[:, 0].clamp_min_(0))
+    mean = mixture.sum.mul_(of_bank / mixture.total).addcmul_(flat, of_x)
+    return Posterior(mean.view_as(x), (log_density - common)[:, 0], weights)
