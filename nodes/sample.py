@@ -1,4 +1,7 @@
 """Apply Safe Denoiser and Safe KSampler: the only place where the core meets the sampling loop."""
+import json
+from dataclasses import replace
+
 import comfy.patcher_extension
 import comfy.samplers
 import nodes as comfy_nodes
@@ -113,6 +116,8 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         run.update(denoiser=SafeDenoiser(**moved, **settings, **window), sampling=sampling, live=Live(), sigmas=sigmas, mask=denoise_mask)
         report.steps.clear()
         report.notes[:] = dict.fromkeys(notes)
+        origin = banks["bank"].metadata.get("origin")  # of a compressed bank: the picture that each prototype stands for
+        run["origin"] = origin and torch.tensor(json.loads(origin), device=noise.device)
 
     def mask_at(timestep, model_options, guider):
         change = model_options.get("denoise_mask_function")  # Differential Diffusion: another mask at each step
@@ -147,7 +152,7 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         if raw is not denoised:
             safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
         if step is not None:
-            report.steps.append(step)
+            report.steps.append(step if run["origin"] is None else replace(step, nearest=run["origin"][step.nearest]))
             run["live"].show(report.steps)
         return call_late(late, seen, denoised, safe_denoised)
 

@@ -85,6 +85,14 @@ def squared_norms_of(latents: "torch.Tensor | Stored") -> torch.Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Clusters:
+    """An index of a bank: the mean of each cluster, centres (k, C, *spatial), and each item's cluster, labels (N,); see `index_bank`."""
+
+    centres: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Bank:
     """Latents y_1 ... y_N of pictures. They can be decoded back into pictures: share a bank as you would share the pictures.
 
@@ -93,6 +101,7 @@ class Bank:
         names: one per latent, or none.
         metadata: strings that travel with the file.
         weights: (N,) relative weight pi_n of each item, or None for equal weights.
+        clusters: by which a large bank is searched, or None.
 
     Raises:
         ValueError: no latent, a wrong shape, a value that is not finite, names or weights of another length.
@@ -102,6 +111,7 @@ class Bank:
     names: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     weights: torch.Tensor | None = None
+    clusters: Clusters | None = None
 
     def __post_init__(self):
         n = len(self.latents) if self.latents.ndim else 0
@@ -140,8 +150,12 @@ class Bank:
         return replace(self, latents=self.latents[:].to(device, dtype), weights=weights)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Bank":
-        """The same bank with latents function((n, C, *spatial)), item by item: at once, or as they are read where they are `Stored`."""
-        return replace(self, latents=self.latents.map(function) if isinstance(self.latents, Stored) else function(self.latents))
+        """The same bank with latents function((n, C, *spatial)), item by item: at once, or as they are read where they are `Stored`.
+        A function that is not affine must drop the clusters, whose centres go through it too.
+        """
+        latents = self.latents.map(function) if isinstance(self.latents, Stored) else function(self.latents)
+        clusters = self.clusters and replace(self.clusters, centres=function(self.clusters.centres.to(self.latents.device)))
+        return replace(self, latents=latents, clusters=clusters)
 
     def sample(self, count: int) -> "Bank":
         """At most `count` of the items, evenly picked, in memory."""
@@ -152,7 +166,7 @@ class Bank:
 
     def normalised(self) -> "Bank":
         """The same bank with each location at unit norm over the channels, as the published code stores it."""
-        return self.map(lambda latents: F.normalize(latents, dim=1))
+        return replace(self, clusters=None).map(lambda latents: F.normalize(latents, dim=1))
 
     def masked(self, root: torch.Tensor) -> "Bank":
         """The same bank with each item multiplied by `root`, (C, *spatial) or flat (D,): with root = sqrt(m), |root (x - y)|^2 is
@@ -332,10 +346,14 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
 
 
 def save_bank(bank: Bank, path: str | Path) -> None:
-    """Write a bank as safetensors: tensors `latents` (and `weights`), string metadata `format`, `version`, `names`, `metadata`."""
+    """Write a bank as safetensors: tensors `latents` (and `weights`, and `centres` with `labels`), string metadata `format`,
+    `version`, `names`, `metadata`.
+    """
     tensors = {"latents": bank.latents[:].cpu().contiguous()}
     if bank.weights is not None:
         tensors["weights"] = bank.weights.cpu().contiguous()
+    if bank.clusters is not None:
+        tensors.update({name: value.cpu().contiguous() for name, value in vars(bank.clusters).items()})
     _write(Path(path), tensors, {"format": FORMAT, "version": str(VERSION),
                                  "names": json.dumps(bank.names), "metadata": json.dumps(bank.metadata)})
 
@@ -363,9 +381,10 @@ def load_bank(path: str | Path, memory: float = math.inf) -> Bank:
                 raise ValueError(f"{path.name!r} is a negation bank of version {header['version']}, this pack reads up to "
                                  f"{VERSION}; update the pack")
             weights = file.get_tensor("weights") if "weights" in file.keys() else None
+            clusters = Clusters(file.get_tensor("centres"), file.get_tensor("labels")) if "labels" in file.keys() else None
             small = math.prod(file.get_slice("latents").get_shape()) * 4 <= memory
             latents = file.get_tensor("latents") if small else Stored(path)
-            return Bank(latents, tuple(json.loads(header["names"])), json.loads(header["metadata"]), weights)
+            return Bank(latents, tuple(json.loads(header["names"])), json.loads(header["metadata"]), weights, clusters)
     except SafetensorError as error:
         raise ValueError(f"{path.name!r} is not a readable safetensors file ({error}); it may be truncated: "
                          f"copy or build it again") from error

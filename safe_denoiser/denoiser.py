@@ -193,7 +193,7 @@ class SafeDenoiser:
     def density(self, bank: Bank, p: Prediction) -> Posterior:
         """Posterior of one bank at x, with the bandwidth and temperature that all banks share."""
         return posterior(p.x, bank.latents, p.sigma, p.alpha, self.kernel_bandwidth, self.kernel_temperature,
-                         bank.log_weights, bank.squared_norms)
+                         bank.log_weights, bank.squared_norms, search=bank.clusters)
 
     def correct(self, p: Prediction) -> Correction:
         """The correction of one prediction at strength 1."""

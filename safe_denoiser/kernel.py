@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bank import Stored, squared_norms_of
+from .bank import Clusters, Stored, squared_norms_of
 
 CACHED, SENT = 6 * 2**20, 2**26  # bytes of a block: one that stays in a CPU's cache between its two uses, one that keeps a GPU busy
 WHOLE = 2**26  # bytes of a bank that a CPU uses as one block: here the cost of a block outweighs what the cache saves
 NEAR = 8  # items of a block whose distance is computed exactly
+CAUTION = 8  # standard deviations by which an item may lie nearer to x than its cluster's centre says
 ROUNDING = 1e-5  # logits that rounding moves by less are left as they are
 
 
@@ -61,7 +62,8 @@ def rows_per_block(latents: Tensor | Stored, like: Tensor) -> tuple[int, int]:
     On a CPU a block stays in the cache, so that using it twice reads memory once. A bank that lies ready is not copied, so that
     nothing but the cache limits a block; one in half precision, on another device or on disk is copied, and a block limits the copy.
     """
-    on_cpu, ready = like.device.type == "cpu", (latents.device, latents.dtype) == (like.device, like.dtype)
+    on_cpu = like.device.type == "cpu"
+    ready = isinstance(latents, Tensor) and (latents.device, latents.dtype) == (like.device, like.dtype)
     row = like.element_size() * max(1, like.shape[1])
     small = ready and (not on_cpu or len(latents) * row < WHOLE)
     least = len(latents) if small else max(1, (CACHED if on_cpu else SENT) // row)
@@ -104,9 +106,10 @@ class _Mixture:
         top = torch.maximum(self.top, part.amax(1, keepdim=True))
         if self.on_cpu:
             index = (part > top + self.floor).any(0).nonzero()[:, 0]
-            if not len(index):
+            if not len(index) and self.sum is not None:
                 return False
-            many = len(index) > max(4, len(block) // (24 * (1 + len(part))))  # a copy for each x, and one: 4 % of the block
+            few = max(4, len(block) // (24 * (1 + len(part))))  # a copy for each x, and one: 4 % of the block
+            many = not 0 < len(index) <= few  # none in the first block: x is not finite, and the mean will not be
         if not many:
             block, logits = block.index_select(0, index), part.index_select(1, index)
             if careful:
@@ -128,9 +131,39 @@ class _Mixture:
         return many
 
 
+class Picked:
+    """Some items of a bank, read when they are sliced."""
+
+    def __init__(self, latents: Tensor | Stored, index: Tensor):
+        self.latents, self.index, self.device, self.dtype = latents, index, latents.device, latents.dtype
+        self.shape = torch.Size((len(index), *latents.shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: slice) -> Tensor:
+        return self.latents[self.index[key]]
+
+
+def candidates(mixture: _Mixture, search: Clusters, squared_norms: Tensor, omit: float) -> tuple[Tensor, Tensor]:
+    """Numbers of the items whose clusters can weigh, (M,), and logits of all items with their centre in place of them in x.y, (B, N).
+
+    An item's true x.y differs from its centre's by x.(y - c). Where y - c has no liking for the direction of x that is
+    |x| |y - c| / sqrt(D) or so; a cluster is left out where even CAUTION times as much would leave it without weight.
+    """
+    x, centres, labels = mixture.x, search.centres.flatten(1).to(mixture.x), search.labels.to(mixture.x.device)
+    guess = torch.addcmul(mixture.logits, mixture.slope, (x @ centres.T)[:, labels])
+    best = x.new_full((len(x), len(centres)), -torch.inf).scatter_reduce_(1, labels.expand_as(guess), guess, "amax")
+    lengths = torch.zeros(len(centres)).to(x).scatter_reduce_(0, labels, squared_norms.to(x), "mean", include_self=False)
+    radius = (lengths - centres.square().sum(1)).clamp_min(0).sqrt()  # root mean square of |y - c|
+    slack = CAUTION * mixture.slope * torch.linalg.vector_norm(x, dim=1, keepdim=True) * radius / x.shape[1] ** 0.5
+    likely = (best + slack > (best - slack).amax(1, keepdim=True) + math.log(omit / len(labels))).any(0)
+    return likely[labels].nonzero()[:, 0].to(search.labels.device), guess
+
+
 def posterior(x: Tensor, latents: Tensor | Stored, sigma: float | Tensor, alpha: float | Tensor = 1.0, bandwidth: float = 0.0,
               temperature: float = 1.0, log_weights: Tensor | None = None, squared_norms: Tensor | None = None,
-              omit: float = 1e-12) -> Posterior:
+              omit: float = 1e-12, search: Clusters | None = None) -> Posterior:
     """Posterior mean, weights and density of a bank, each item blurred by a Gaussian kernel.
 
         s^2   = alpha^2 h^2 + sigma^2
@@ -153,6 +186,8 @@ def posterior(x: Tensor, latents: Tensor | Stored, sigma: float | Tensor, alpha:
         log_weights: log pi_n, (N,); None is 1/N for each.
         squared_norms: |y_n|^2, (N,), when already known.
         omit: the mean may leave out items that weigh no more than this together; it does so on a CPU, where that saves time.
+        search: clusters of the bank, see `index_bank`: where the bank is not on a GPU, only the clusters that can weigh are read. What
+            the others weigh is estimated from their centres.
 
     Raises:
         ValueError: x and the bank's items differ in size.
@@ -168,6 +203,12 @@ def posterior(x: Tensor, latents: Tensor | Stored, sigma: float | Tensor, alpha:
     norms = squared_norms_of(latents) if squared_norms is None else squared_norms
     prior = flat.new_full((n,), 1 / n).log() if log_weights is None else log_weights.to(flat)
     mixture = _Mixture(flat, noise, alpha, gain, prior, norms.to(flat), omit)
+    if search is not None and latents.device.type == "cpu":
+        index, guess = candidates(mixture, search, norms, omit)
+        if 2 * len(index) < n:
+            found = posterior(x, Picked(latents, index), noise.sqrt(), alpha, bandwidth, temperature, prior[index], norms[index], omit)
+            weights = (guess - (found.log_density[:, None] + common)).exp_().index_copy_(1, index.to(flat.device), found.weights)
+            return Posterior(found.mean, found.log_density, weights)
     least, most = rows_per_block(latents, flat)
     start, count = 0, least
     while start < n:

@@ -87,6 +87,16 @@ def test_arguments_stay_as_they_are():
     assert torch.equal(latents, before[0]) and torch.equal(x, before[1])
 
 
+def test_an_x_that_is_not_finite_has_no_finite_mean_and_the_others_keep_theirs():
+    latents, x = torch.randn(9, 4, 4, 4), torch.randn(3, 4, 4, 4)
+    broken = x.clone()
+    broken[1, 0, 0, 0] = math.nan
+    for rows, finite in ((slice(None), [True, False, True]), (slice(1, 2), [False])):
+        got = posterior(broken[rows], latents, 0.5).mean
+        assert torch.isfinite(got).flatten(1).all(1).tolist() == finite
+    torch.testing.assert_close(posterior(broken, latents, 0.5).mean[::2], posterior(x, latents, 0.5).mean[::2])
+
+
 def test_another_size_is_an_error():
     with pytest.raises(ValueError, match=r"x is \(4, 2, 2\) but bank latents are \(4, 3, 3\)"):
         posterior(torch.zeros(1, 4, 2, 2), torch.zeros(5, 4, 3, 3), 1.0)
