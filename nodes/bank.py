@@ -1,20 +1,29 @@
 """Build, save and load negation banks."""
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import comfy.latent_formats
 import folder_paths
+import torch
 from comfy_api.latest import io
 
-from ..safe_denoiser import LatentCache, encode_bank, load_bank, save_bank
+from ..safe_denoiser import LatentCache, compress_bank, encode_bank, index_bank, load_bank, save_bank
 from ..safe_denoiser.bank import FITS
 from . import folders
 from .fingerprint import fingerprint, fingerprint_weights
 from .live import progress
 from .types import CATEGORY, NegationBankType, NegationSetType
 
+SEARCHED = 20_000  # pictures from which a bank gets an index, see benchmarks/RESULTS.md
 DECODABLE = "The latents of a bank can be decoded back into pictures: share one as you would share the pictures."
+
+
+def memory(device) -> int:
+    """Bytes that a bank may take on a device: what ComfyUI says is free, less what it keeps for inference."""
+    management = comfy.model_management
+    return max(0, int(management.get_free_memory(device) - management.minimum_inference_memory()))
 
 
 def require_pictures(samples, latent_format=None) -> None:
@@ -54,17 +63,26 @@ class BuildNegationBank(io.ComfyNode):
                 io.Combo.Input("fit", options=list(FITS), default="crop",
                                tooltip="How pictures of another shape are fitted. crop: fill and cut the overhang. pad: whole picture on "
                                        "black. stretch: distort."),
+                io.Int.Input("prototypes", default=0, min=0, max=100_000,
+                             tooltip="Keep at most this many weighted prototypes (k-means) instead of all pictures: a smaller bank, faster "
+                                     "steps, less exact. 0: all pictures. Needs scikit-learn."),
             ],
             outputs=[NegationBankType.Output(display_name="negation_bank", tooltip="The latents of the set.")],
         )
 
     @classmethod
-    def execute(cls, negation_set, vae, latent, fit) -> io.NodeOutput:
-        cache = LatentCache(folders.cache("latents"), fingerprint(fingerprint_weights(vae.patcher), str(vae.vae_dtype)))
+    def execute(cls, negation_set, vae, latent, fit, prototypes=0) -> io.NodeOutput:
+        encoder = fingerprint(fingerprint_weights(vae.patcher), str(vae.vae_dtype))
+        cache = LatentCache(folders.cache("latents"), encoder, folders.CACHE_LIMIT)
         bank = encode_bank(negation_set, lambda image: vae.encode(image[None])[0], image_size(latent, vae), fit,
                            progress(len(negation_set)), cache)
         metadata = {**bank.metadata, "space": "vae", "skipped": json.dumps(negation_set.skipped)}
-        return io.NodeOutput(replace(bank, metadata=metadata))
+        bank = replace(bank, metadata=metadata)
+        if prototypes:
+            bank = compress_bank(bank, prototypes)
+        elif len(bank) >= SEARCHED and importlib.util.find_spec("sklearn"):
+            bank = index_bank(bank)
+        return io.NodeOutput(bank)
 
 
 class SaveNegationBank(io.ComfyNode):
@@ -112,7 +130,7 @@ class LoadNegationBank(io.ComfyNode):
 
     @classmethod
     def execute(cls, bank) -> io.NodeOutput:
-        return io.NodeOutput(load_bank(folders.resolve(folders.BANKS, bank)))
+        return io.NodeOutput(load_bank(folders.resolve(folders.BANKS, bank), memory(torch.device("cpu"))))
 
 
 NODES = [BuildNegationBank, SaveNegationBank, LoadNegationBank]

@@ -12,6 +12,7 @@ from ..safe_denoiser.pictures import EXTENSIONS
 
 PACKED, WEIGHTS = {".zip", ".safetensors"}, {".safetensors", ".bin", ".pt", ".pth"}
 SETS, BANKS, CLIPS = "negation_sets", "negation_banks", "open_clip"
+CACHE_LIMIT = float(os.environ.get("SAFE_DENOISER_CACHE_GB", 8)) * 2**30  # bytes of each cache; beyond, the oldest files go
 TINY = Path(__file__).resolve().parent.parent / "tiny_digits" / "models"
 
 

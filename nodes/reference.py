@@ -1,4 +1,6 @@
 """Sample Reference Bank: what the model makes by itself."""
+import os
+
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -7,6 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..safe_denoiser import Bank, load_bank, save_bank
+from ..safe_denoiser.bank import trim
 from . import folders
 from .bank import require_pictures
 from .fingerprint import fingerprint, fingerprint_weights
@@ -66,7 +69,10 @@ class SampleReferenceBank(io.ComfyNode):
         path = folders.cache("reference") / f"{fingerprint(fingerprint_weights(model), conditioning, *settings)}.safetensors"
         if not path.exists():
             save_bank(sample_bank(model, conditioning, *settings), path)
-        return io.NodeOutput(load_bank(path))
+        bank = load_bank(path)
+        os.utime(path)
+        trim(path.parent, folders.CACHE_LIMIT)
+        return io.NodeOutput(bank)
 
 
 NODES = [SampleReferenceBank]

@@ -1,4 +1,7 @@
 """Apply Safe Denoiser and Safe KSampler: the only place where the core meets the sampling loop."""
+import json
+from dataclasses import replace
+
 import comfy.patcher_extension
 import comfy.samplers
 import nodes as comfy_nodes
@@ -7,7 +10,7 @@ from comfy_api.latest import io
 
 from ..safe_denoiser import Bank, Report, SafeDenoiser
 from ..safe_denoiser.denoiser import METHODS, WEIGHTS
-from .bank import require_pictures
+from .bank import memory, require_pictures
 from .live import Live
 from .types import CATEGORY, NegationBankType, ReportType, SemanticType
 
@@ -23,19 +26,26 @@ def forward_process(model_sampling, sigma: torch.Tensor, ndim: int) -> tuple[tor
 
 
 def to_model(bank: Bank | None, model, like: torch.Tensor, bank_size: str, notes: list[str]) -> Bank | None:
-    """A bank of VAE latents in the space and on the device of the sampler, resized when asked."""
+    """A bank of VAE latents in the space of the sampler, resized when asked, and on its device where there is room for it; else it
+    stays where it is, and each step reads it from there.
+    """
     if bank is None:
         return None
-    latents = bank.latents.to(like.device, torch.float32)
-    if model.latent_format.latent_dimensions == 3 and latents.ndim == 4:
-        latents = latents.unsqueeze(2)  # pictures are one frame long where the model's latents have frames
-    if bank.metadata.get("space") == "vae" and latents.shape[1] == like.shape[1]:  # of another model: the size check says it better
-        latents = model.process_latent_in(latents)
-    bank = Bank(latents, bank.names, bank.metadata, None if bank.weights is None else bank.weights.to(like.device))
-    if bank_size == "interpolate" and bank.latents.shape[-2:] != like.shape[-2:]:
-        notes.append(f"bank resized from {tuple(bank.latents.shape[1:])} to the sampler's {tuple(like.shape[1:])}")
-        bank = bank.resized(like.shape[-2:])
-    return bank
+
+    def convert(latents):
+        stored = latents.dtype if latents.is_cuda else torch.float32
+        latents = latents.to(torch.float32)
+        if model.latent_format.latent_dimensions == 3 and latents.ndim == 4:
+            latents = latents.unsqueeze(2)  # pictures are one frame long where the model's latents have frames
+        if bank.metadata.get("space") == "vae" and latents.shape[1] == like.shape[1]:  # of another model: the size check says it better
+            latents = model.process_latent_in(latents)
+        return latents.to(stored)
+
+    moved = bank.to(like.device).map(convert) if 3 * bank.nbytes <= memory(like.device) else bank.map(convert)
+    if bank_size == "interpolate" and moved.latents.shape[-2:] != like.shape[-2:]:
+        notes.append(f"bank resized from {tuple(moved.latents.shape[1:])} to the sampler's {tuple(like.shape[1:])}")
+        moved = moved.resized(like.shape[-2:])
+    return moved
 
 
 def refuse(guider, noise: torch.Tensor) -> None:
@@ -111,6 +121,8 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
                    mask=denoise_mask)
         report.steps.clear()
         report.notes[:] = dict.fromkeys(notes)
+        origin = banks["bank"].metadata.get("origin")  # of a compressed bank: the picture that each prototype stands for
+        run["origin"] = origin and torch.tensor(json.loads(origin), device=noise.device)
 
     def mask_at(timestep, model_options, guider):
         change = model_options.get("denoise_mask_function")  # Differential Diffusion: another mask at each step
@@ -144,7 +156,7 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         if raw is not denoised:
             safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
         if step is not None:
-            report.steps.append(step)
+            report.steps.append(step if run["origin"] is None else replace(step, nearest=run["origin"][step.nearest]))
             run["live"].show(report.steps)
         return call_late(late, seen, denoised, safe_denoised)
 

@@ -5,6 +5,7 @@
 Source: Kim, Kim, Yusuf, Ermon, Park, "Training-Free Safe Denoisers for Safe Use of Diffusion Models", arXiv:2502.08011.
 """
 from .bank import Bank, LatentCache, encode_bank, load_bank, merge_banks, save_bank
+from .clusters import compress_bank, index_bank
 from .denoiser import SafeDenoiser, Step
 from .kernel import Posterior, posterior
 from .negation_set import NegationSet, combine_sets
@@ -12,5 +13,5 @@ from .report import Report
 
 __all__ = [
     "Bank", "LatentCache", "NegationSet", "Posterior", "Report", "SafeDenoiser", "Step",
-    "combine_sets", "encode_bank", "load_bank", "merge_banks", "posterior", "save_bank",
+    "combine_sets", "compress_bank", "encode_bank", "index_bank", "load_bank", "merge_banks", "posterior", "save_bank",
 ]

@@ -1,22 +1,95 @@
 """Bank: the latents of a negation set, with names and metadata; encode, merge, save, load."""
 import hashlib
 import json
+import math
 import os
+import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from .negation_set import NegationSet
 
 FORMAT, VERSION = "safe_denoiser.bank", 1
 FITS = ("crop", "pad", "stretch")
+WORKERS, AHEAD = 3, 8  # threads that read and resize pictures, and how many pictures before they are encoded
+BLOCK = 2**22  # bytes read at once where a whole bank is read
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Stored:
+    """Latents that stay in a safetensors file: shaped, measured and indexed like a tensor, but read when they are indexed.
+
+    Args:
+        path: a file that `save_bank` wrote.
+        maps: functions (n, C, *spatial) -> (n, ...) that each read goes through, item by item, in order.
+
+    >>> Stored(path)[:2].shape                                                           # doctest: +SKIP
+    torch.Size([2, 4, 64, 64])
+    """
+
+    device, ndim = torch.device("cpu"), property(lambda self: len(self.shape))
+
+    def __init__(self, path: str | Path, maps: tuple[Callable, ...] = ()):
+        self.path, self.maps = Path(path), maps
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(length))["latents"]
+        self.stored, self.item, self.start = DTYPES[entry["dtype"]], tuple(entry["shape"][1:]), 8 + length + entry["data_offsets"][0]
+        self.count = entry["shape"][0]
+        one = self[:1]
+        self.shape, self.dtype = torch.Size((self.count, *one.shape[1:])), one.dtype
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, key: slice | torch.Tensor) -> torch.Tensor:
+        """Items of a slice, or of an index tensor (n,). Read, not mapped: what was read does not stay resident."""
+        if isinstance(key, slice):
+            first, last, _ = key.indices(self.count)
+            latents = self._read(first, max(first, last))
+        else:
+            latents = torch.cat([self._read(i, i + 1) for i in key.tolist()])
+        for function in self.maps:
+            latents = function(latents)
+        return latents
+
+    def _read(self, first: int, last: int) -> torch.Tensor:
+        size = math.prod(self.item) * self.stored.itemsize
+        data = np.fromfile(self.path, np.uint8, (last - first) * size, offset=self.start + first * size)
+        return torch.from_numpy(data).view(-1, size).view(self.stored).view(-1, *self.item)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Stored":
+        return Stored(self.path, (*self.maps, function))
+
+
+def squared_norms_of(latents: "torch.Tensor | Stored") -> torch.Tensor:
+    """|y_n|^2 of latents (N, *shape), (N,), accumulated in fp32 or better, with no copy of the whole."""
+    dtype, size = torch.promote_types(latents.dtype, torch.float32), max(1, latents.shape[1:].numel())
+    count = max(1, BLOCK // (size * dtype.itemsize)) if latents.device.type == "cpu" else max(1, len(latents))
+    norms = torch.empty(len(latents), dtype=dtype, device=latents.device)
+    for i in range(0, len(latents), count):
+        norms[i:i + count] = torch.linalg.vector_norm(latents[i:i + count].flatten(1), dim=1, dtype=dtype)
+    return norms.square_()
+
+
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    """An index of a bank: the mean of each cluster, centres (k, C, *spatial), and each item's cluster, labels (N,); see `index_bank`."""
+
+    centres: torch.Tensor
+    labels: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,26 +97,28 @@ class Bank:
     """Latents y_1 ... y_N of pictures. They can be decoded back into pictures: share a bank as you would share the pictures.
 
     Args:
-        latents: (N, C, *spatial), finite; in the space in which `x` lives when the bank is used.
+        latents: (N, C, *spatial), finite, a tensor or `Stored`; in the space in which `x` lives when the bank is used.
         names: one per latent, or none.
         metadata: strings that travel with the file.
         weights: (N,) relative weight pi_n of each item, or None for equal weights.
+        clusters: by which a large bank is searched, or None.
 
     Raises:
         ValueError: no latent, a wrong shape, a value that is not finite, names or weights of another length.
     """
 
-    latents: torch.Tensor
+    latents: torch.Tensor | Stored
     names: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     weights: torch.Tensor | None = None
+    clusters: Clusters | None = None
 
     def __post_init__(self):
         n = len(self.latents) if self.latents.ndim else 0
         if n == 0 or self.latents.ndim < 2:
             raise ValueError(f"bank latents are {tuple(self.latents.shape)}; need (N, C, *spatial) with N >= 1, "
                              f"so build the bank from at least one picture")
-        if not bool(torch.isfinite(self.latents).all()):
+        if not bool(torch.isfinite(self.squared_norms).all()):
             raise ValueError("bank latents hold NaN or infinity; rebuild the bank, with the VAE in fp32 if it overflowed")
         if self.names and len(self.names) != n:
             raise ValueError(f"bank has {n} latents but {len(self.names)} names; give one name per latent or none")
@@ -56,7 +131,7 @@ class Bank:
     @cached_property
     def squared_norms(self) -> torch.Tensor:
         """|y_n|^2, (N,), accumulated in fp32 or better."""
-        return self.latents.flatten(1).to(torch.promote_types(self.latents.dtype, torch.float32)).square().sum(1)
+        return squared_norms_of(self.latents)
 
     @cached_property
     def log_weights(self) -> torch.Tensor:
@@ -64,26 +139,50 @@ class Bank:
         weights = torch.ones(len(self), device=self.latents.device) if self.weights is None else self.weights
         return (weights.to(torch.promote_types(weights.dtype, torch.float32)) / weights.sum()).log()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the latents, were they all in memory in single precision."""
+        return 4 * self.latents.shape.numel()
+
     def to(self, device=None, dtype=None) -> "Bank":
-        """The same bank on another device or in another dtype."""
+        """The same bank in memory, on another device or in another dtype."""
         weights = None if self.weights is None else self.weights.to(device)
-        return replace(self, latents=self.latents.to(device, dtype), weights=weights)
+        return replace(self, latents=self.latents[:].to(device, dtype), weights=weights)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Bank":
+        """The same bank with latents function((n, C, *spatial)), item by item: at once, or as they are read where they are `Stored`.
+        A function that is not affine must drop the clusters, whose centres go through it too.
+        """
+        latents = self.latents.map(function) if isinstance(self.latents, Stored) else function(self.latents)
+        clusters = self.clusters and replace(self.clusters, centres=function(self.clusters.centres.to(self.latents.device)))
+        return replace(self, latents=latents, clusters=clusters)
+
+    def sample(self, count: int) -> "Bank":
+        """At most `count` of the items, evenly picked, in memory."""
+        if len(self) <= count:
+            return self
+        index = torch.arange(count, device=self.latents.device) * len(self) // count
+        return Bank(self.latents[index], weights=None if self.weights is None else self.weights[index])
 
     def normalised(self) -> "Bank":
         """The same bank with each location at unit norm over the channels, as the published code stores it."""
-        return replace(self, latents=F.normalize(self.latents, dim=1))
+        return replace(self, clusters=None).map(lambda latents: F.normalize(latents, dim=1))
 
     def masked(self, root: torch.Tensor) -> "Bank":
         """The same bank with each item multiplied by `root`, (C, *spatial) or flat (D,): with root = sqrt(m), |root (x - y)|^2 is
         sum m (x - y)^2, the distance inside a mask m.
         """
-        return replace(self, latents=self.latents * root.view(self.latents.shape[1:]))
+        root = root.view(self.latents.shape[1:])
+        return self.map(lambda latents: latents * root.to(latents.device))
 
     def resized(self, size: Sequence[int]) -> "Bank":
         """The same bank with latents interpolated (bilinear, antialiased) to the spatial size (..., height, width)."""
-        flat = self.latents.reshape(-1, 1, *self.latents.shape[-2:])
-        sized = F.interpolate(flat.float(), tuple(size), mode="bilinear", antialias=True)
-        return replace(self, latents=sized.reshape(*self.latents.shape[:-2], *size).to(self.latents.dtype))
+        def resize(latents):
+            flat = latents.reshape(-1, 1, *latents.shape[-2:])
+            sized = F.interpolate(flat.float(), tuple(size), mode="bilinear", antialias=True)
+            return sized.reshape(*latents.shape[:-2], *size).to(latents.dtype)
+
+        return self.map(resize)
 
 
 def merge_banks(banks: Sequence[Bank]) -> Bank:
@@ -101,7 +200,7 @@ def merge_banks(banks: Sequence[Bank]) -> Bank:
     weights = None
     if any(bank.weights is not None for bank in banks):
         weights = torch.cat([bank.log_weights.exp() * len(bank) for bank in banks])
-    return Bank(torch.cat([bank.latents for bank in banks]), names, dict(banks[0].metadata), weights)
+    return Bank(torch.cat([bank.latents[:] for bank in banks]), names, dict(banks[0].metadata), weights)
 
 
 def fit_picture(pixels: torch.Tensor, size: tuple[int, int], fit: str) -> torch.Tensor:
@@ -131,15 +230,16 @@ def fit_picture(pixels: torch.Tensor, size: tuple[int, int], fit: str) -> torch.
 
 
 class LatentCache:
-    """Latents on disk, one file per picture, so that no picture is encoded twice.
+    """Latents on disk, one file per picture, so that no picture is encoded twice. Processes may share a folder.
 
     Args:
         folder: where the files go; made when missing.
         encoder: a fingerprint of whatever turns pixels into latents (the VAE's weights).
+        limit: bytes of the folder above which `trim` removes what was used least recently.
     """
 
-    def __init__(self, folder: str | Path, encoder: str):
-        self.folder, self.encoder = Path(folder), encoder
+    def __init__(self, folder: str | Path, encoder: str, limit: float = math.inf):
+        self.folder, self.encoder, self.limit = Path(folder), encoder, limit
 
     def path(self, fingerprint: str, size: Sequence[int], fit: str) -> Path:
         key = json.dumps([VERSION, self.encoder, fingerprint, list(size), fit])
@@ -148,19 +248,41 @@ class LatentCache:
     def get(self, path: Path) -> torch.Tensor | None:
         """The stored latent, or None when there is none or it is damaged."""
         try:
-            with safe_open(path, "pt") as file:
-                return file.get_tensor("latent")
-        except (OSError, SafetensorError):
+            latent = load(path.read_bytes())["latent"]  # read, not mapped: a mapped file cannot be replaced on Windows
+            os.utime(path)
+            return latent
+        except (OSError, SafetensorError, KeyError):
             return None
 
     def put(self, path: Path, latent: torch.Tensor) -> None:
-        _write(path, {"latent": latent})
+        with suppress(PermissionError):  # on Windows: another process is reading the same latent, which it has stored
+            _write(path, {"latent": latent})
+
+    def trim(self) -> None:
+        trim(self.folder, self.limit)
+
+
+def trim(folder: Path, limit: float) -> None:
+    """Remove the files of a cache that were used least recently, until those that stay take at most `limit` bytes."""
+    files, now = [], time.time()
+    for entry in os.scandir(folder) if folder.is_dir() else ():
+        with suppress(OSError):  # another process may remove files at the same time
+            status = entry.stat()
+            if not entry.name.endswith(".tmp") or now - status.st_mtime > 3600:  # a younger one is being written
+                files.append((status.st_mtime, status.st_size, entry.path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= limit:
+            break
+        with suppress(OSError):
+            os.unlink(path)
+        total -= size
 
 
 def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torch.Tensor], size: tuple[int, int],
                 fit: str = "crop", progress: Callable[[int, int], None] | None = None,
                 cache: LatentCache | None = None) -> Bank:
-    """Encode every picture of a set, one at a time (video VAEs read a batch as frames).
+    """Encode every picture of a set, one at a time (video VAEs read a batch as frames), while the next ones are read and resized.
 
     Args:
         negation_set: the pictures.
@@ -176,17 +298,33 @@ def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torc
     Raises:
         ValueError: the set holds latents of a saved bank whose shape differs from those that are encoded.
     """
-    latents, stored = [], negation_set.latents or (None,) * len(negation_set)
-    for i, (read, fingerprint) in enumerate(zip(negation_set.readers, negation_set.fingerprints)):
-        path = cache and cache.path(fingerprint, size, fit)
-        latent = stored[i] if stored[i] is not None else cache and cache.get(path)
-        if latent is None:
-            latent = encode(fit_picture(read(), size, fit)).detach().cpu().contiguous()
+    latents, count = [], len(negation_set)
+    stored = negation_set.latents or (None,) * count
+    paths = [cache and cache.path(fingerprint, size, fit) for fingerprint in negation_set.fingerprints]
+
+    def prepare(i: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The latent where there is one, else the picture."""
+        latent = stored[i] if stored[i] is not None else cache and cache.get(paths[i])
+        return (latent, None) if latent is not None else (None, fit_picture(negation_set.readers[i](), size, fit))
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        ahead = deque(pool.submit(prepare, i) for i in range(min(AHEAD, count)))
+        try:
+            for i in range(count):
+                latent, picture = ahead.popleft().result()
+                if i + AHEAD < count:
+                    ahead.append(pool.submit(prepare, i + AHEAD))
+                if latent is None:
+                    latent = encode(picture).detach().cpu().contiguous()
+                    if cache:
+                        cache.put(paths[i], latent)
+                latents.append(latent)
+                if progress:
+                    progress(i + 1, count)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
             if cache:
-                cache.put(path, latent)
-        latents.append(latent)
-        if progress:
-            progress(i + 1, len(negation_set))
+                cache.trim()
     shapes = sorted({tuple(latent.shape) for latent in latents})
     if len(shapes) > 1:
         raise ValueError(f"the set mixes latents of shapes {shapes}; a saved bank can be combined only with what the same VAE encodes "
@@ -208,16 +346,23 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
 
 
 def save_bank(bank: Bank, path: str | Path) -> None:
-    """Write a bank as safetensors: tensors `latents` (and `weights`), string metadata `format`, `version`, `names`, `metadata`."""
-    tensors = {"latents": bank.latents.cpu().contiguous()}
+    """Write a bank as safetensors: tensors `latents` (and `weights`, and `centres` with `labels`), string metadata `format`,
+    `version`, `names`, `metadata`.
+    """
+    tensors = {"latents": bank.latents[:].cpu().contiguous()}
     if bank.weights is not None:
         tensors["weights"] = bank.weights.cpu().contiguous()
+    if bank.clusters is not None:
+        tensors.update({name: value.cpu().contiguous() for name, value in vars(bank.clusters).items()})
     _write(Path(path), tensors, {"format": FORMAT, "version": str(VERSION),
                                  "names": json.dumps(bank.names), "metadata": json.dumps(bank.metadata)})
 
 
-def load_bank(path: str | Path) -> Bank:
+def load_bank(path: str | Path, memory: float = math.inf) -> Bank:
     """Read a bank that `save_bank` wrote.
+
+    Args:
+        memory: bytes that its latents may take; those of a larger bank stay in the file and are read when they are used.
 
     Raises:
         FileNotFoundError: no such file.
@@ -236,7 +381,10 @@ def load_bank(path: str | Path) -> Bank:
                 raise ValueError(f"{path.name!r} is a negation bank of version {header['version']}, this pack reads up to "
                                  f"{VERSION}; update the pack")
             weights = file.get_tensor("weights") if "weights" in file.keys() else None
-            return Bank(file.get_tensor("latents"), tuple(json.loads(header["names"])), json.loads(header["metadata"]), weights)
+            clusters = Clusters(file.get_tensor("centres"), file.get_tensor("labels")) if "labels" in file.keys() else None
+            small = math.prod(file.get_slice("latents").get_shape()) * 4 <= memory
+            latents = file.get_tensor("latents") if small else Stored(path)
+            return Bank(latents, tuple(json.loads(header["names"])), json.loads(header["metadata"]), weights, clusters)
     except SafetensorError as error:
         raise ValueError(f"{path.name!r} is not a readable safetensors file ({error}); it may be truncated: "
                          f"copy or build it again") from error

@@ -23,6 +23,7 @@ PUSHES = ("guided", "unconditional")
 TUNED = {"evidence": (0.25, 3.0), "retain": (0.4, 3.0), "unconditional": (0.3, 1.5)}  # prior and evidence, see benchmarks/RESULTS.md
 PLAIN = (0.25, 0.0)  # the others are there for comparison, as published: no evidence
 RELEASE = 0.7, 0.9  # share of the way to E_u that a prompt pulls: where its guidance begins to be let go, and where all of it is
+SAMPLE = 1024  # items of a larger bank on which it is calibrated: their Gram matrix is held in memory
 PERPLEXITY = 0.2  # share of the bank that the automatic temperature lets weigh, at noise of the bank's own spread
 
 
@@ -38,6 +39,7 @@ class Step:
         nearest: index of the bank item that weighs most (B,).
         clamped: r or beta hit its ceiling (B,), bool.
         fallback: the prediction or its correction was not finite, so the prediction was returned unchanged (B,), bool.
+        omitted: weight of the bank items that E_u leaves out to save time (B,), see `posterior`.
     """
 
     sigma: Tensor
@@ -47,6 +49,7 @@ class Step:
     nearest: Tensor
     clamped: Tensor
     fallback: Tensor
+    omitted: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Correction:
     posterior: Tensor
     nearest: Tensor
     clamped: Tensor
+    omitted: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,9 +164,14 @@ class SafeDenoiser:
 
     @cached_property
     def latents(self) -> Tensor:
-        """The bank as the chosen method reads it, flat (N, D) in fp32 or better."""
+        """The bank as the neighbours' methods read it, flat (N, D) in fp32 or better, in memory."""
         bank = self.bank.normalised() if self.method.startswith("official") and self.root is None else self.bank
-        return bank.latents.flatten(1).to(torch.promote_types(bank.latents.dtype, torch.float32))
+        return bank.latents[:].flatten(1).to(torch.promote_types(bank.latents.dtype, torch.float32))
+
+    @cached_property
+    def sample(self) -> Bank:
+        """The part of the bank that bandwidth, temperature and curves are calibrated on, in fp32 or better."""
+        return self.bank.sample(SAMPLE).to(dtype=torch.promote_types(self.bank.latents.dtype, torch.float32))
 
     @cached_property
     def neighbour_distance(self) -> float:
@@ -179,23 +188,23 @@ class SafeDenoiser:
             return self.bandwidth
         if self.method == "sgf":
             return self.neighbour_distance
-        return {"official": 3.15, "official_sd3": 1.0}.get(self.method) or 0.4 * float(self.latents.std(correction=0))
+        return {"official": 3.15, "official_sd3": 1.0}.get(self.method) or 0.4 * float(self.sample.latents.std(correction=0))
 
     @cached_property
     def kernel_temperature(self) -> float:
         """T: as given, else where a fixed share of the bank weighs in."""
         if self.temperature is not None:
             return self.temperature
-        return max(1.0, temperature_for(self.bank, self.kernel_bandwidth, max(1.0, PERPLEXITY * (len(self.bank) - 1)), self.root))
+        return max(1.0, temperature_for(self.sample, self.kernel_bandwidth, max(1.0, PERPLEXITY * (len(self.sample) - 1)), self.root))
 
     @cached_property
     def calibration(self) -> Calibration:
-        return calibrate(self.bank, self.kernel_bandwidth, self.kernel_temperature, self.root)
+        return calibrate(self.sample, self.kernel_bandwidth, self.kernel_temperature, self.root)
 
     def density(self, bank: Bank, p: Prediction) -> Posterior:
         """Posterior of one bank at x, with the bandwidth and temperature that all banks share."""
         return posterior(p.x, bank.latents, p.sigma, p.alpha, self.kernel_bandwidth, self.kernel_temperature,
-                         bank.log_weights, bank.squared_norms)
+                         bank.log_weights, bank.squared_norms, search=bank.clusters)
 
     def correct(self, p: Prediction) -> Correction:
         """The correction of one prediction at strength 1."""
@@ -243,7 +252,7 @@ class SafeDenoiser:
                      methods.from_reference(unsafe.mean, other, r, most))
         if evidence and p.unconditional is not None:
             direction = direction + self._release(p, unsafe.mean, other, error)[:, None] * (p.unconditional - p.denoised)
-        return Correction(direction, r, unsafe.weights.argmax(1), log_r > ceiling)
+        return Correction(direction, r, unsafe.weights.argmax(1), log_r > ceiling, unsafe.omitted)
 
     def _chance(self, bank: Bank, found: Posterior, p: Prediction) -> Tensor:
         """Squared standard error of a bank's mean, (B,): sum w^2 / (1 - sum w^2) times the weighted spread of its items.
@@ -276,7 +285,8 @@ class SafeDenoiser:
         """tracked, triangle, gate, constant: beta (B,) from the bank alone."""
         if weight == "constant":
             return torch.ones_like(p.sigma)
-        level, spread, reach, trace = self.calibration.at(p.sigma, p.alpha)
+        home = self.calibration.grid.device  # the CPU where the bank is too large for the device of x
+        level, spread, reach, trace = (curve.to(p.x.device) for curve in self.calibration.at(p.sigma.to(home), p.alpha.to(home)))
         if weight == "gate":
             return methods.typicality(unsafe, level, spread)
         if weight == "triangle":
@@ -307,7 +317,8 @@ class SafeDenoiser:
                              "raise cfg or push 'guided'")
         pushed = p.unconditional if self.push == "unconditional" else p.denoised
         capped = beta.clamp_max(self.beta_max)
-        return Correction(methods.from_beta(pushed, unsafe.mean, capped), capped, unsafe.weights.argmax(1), beta > self.beta_max)
+        return Correction(methods.from_beta(pushed, unsafe.mean, capped), capped, unsafe.weights.argmax(1), beta > self.beta_max,
+                          unsafe.omitted)
 
     def _neighbour(self, p: Prediction) -> Correction:
         """spell, sgf and the official rules: methods that know no posterior."""
@@ -324,7 +335,7 @@ class SafeDenoiser:
                 query = query if self.root is None else query * self.root
             direction, factor = methods.official(p.denoised, self.latents, self.kernel_bandwidth, self.threshold, query)
             gate = (factor.sum(1) + 1e-8 > self.threshold).to(p.x.dtype)
-        return Correction(direction, gate, factor.argmax(1), torch.zeros_like(gate, dtype=torch.bool))
+        return Correction(direction, gate, factor.argmax(1), torch.zeros_like(gate, dtype=torch.bool), torch.zeros_like(gate))
 
     def masked(self, mask: Tensor) -> "SafeDenoiser":
         """The same safe denoiser inside a mask m (D,) in [0, 1]: every |x - y|^2 becomes sum m (x - y)^2.
@@ -332,7 +343,7 @@ class SafeDenoiser:
         With root = sqrt(m) that is |root x - root y|^2, so each method works unchanged on inputs and banks multiplied by root. The
         kernel keeps the bandwidth of the whole bank, which is a length per element.
         """
-        root = mask.to(self.latents.dtype).sqrt()
+        root = mask.to(torch.promote_types(self.bank.latents.dtype, torch.float32)).sqrt()
         bank = self.bank.normalised() if self.method.startswith("official") else self.bank
         return replace(self, bank=bank.masked(root), retain=self.retain and self.retain.masked(root),
                        reference=self.reference and self.reference.masked(root), bandwidth=self.kernel_bandwidth, semantic=None,
@@ -353,7 +364,7 @@ class SafeDenoiser:
                                     for y in (p.x, p.denoised, p.unconditional, p.conditional))
             part = inside.correct(Prediction(x, denoised, p.sigma[index], p.alpha[index], *guides))
             whole = torch.where(inside.root > 0, part.direction / inside.root, 0)
-            parts.append((whole, part.posterior, part.nearest, part.clamped))
+            parts.append((whole, part.posterior, part.nearest, part.clamped, part.omitted))
         order = torch.cat([index for index, _ in self._memory["parts"]]).argsort()
         return Correction(*(torch.cat(values)[order] for values in zip(*parts)))
 
@@ -396,11 +407,17 @@ class SafeDenoiser:
         corrected = predicted + self.strength * correction.direction
         finite = torch.isfinite(corrected).all(1)
         active = inside & finite
-        size = (corrected - predicted).norm(dim=1) / predicted.norm(dim=1).clamp_min(1e-12)
-        step = Step(sigma, active, *(torch.where(active, value, 0) for value in (correction.posterior, size, correction.nearest)),
-                    clamped=active & correction.clamped, fallback=inside & ~finite)
+        step = self.step(predicted, correction, sigma, inside, finite)
         keep = active.view(-1, *[1] * (shaped.ndim - 1))
         return restore(torch.where(keep, corrected.view_as(shaped).to(denoised.dtype), shaped)), step
+
+    def step(self, predicted: Tensor, correction: Correction, sigma: Tensor, inside: Tensor, finite: Tensor) -> Step:
+        """What the report will say of a correction."""
+        active = inside & finite
+        size = abs(self.strength) * correction.direction.norm(dim=1) / predicted.norm(dim=1).clamp_min(1e-12)
+        values = (correction.posterior, size, correction.nearest)
+        return Step(sigma, active, *(torch.where(active, value, 0) for value in values), clamped=active & correction.clamped,
+                    fallback=inside & ~finite, omitted=torch.where(active, correction.omitted, 0))
 
     def _frames(self, x: Tensor):
         """x as a batch of things the size of a bank item, and the way back."""

@@ -299,3 +299,18 @@ def test_the_report_node(run, tiny, sample):
     sharpness = [picture[0, 50:450, 740:850].diff(dim=1).abs().mean()
                  for picture in (run("Report", report=report, negation_set=noise).result[0], shown)]
     assert sharpness[1] > 5 * sharpness[0], "blurred unless asked"
+
+
+def test_prototypes_make_a_smaller_bank_and_the_report_still_names_pictures(run, tiny, sample):
+    small = run("BuildNegationBank", negation_set=tiny.negation_set, vae=tiny.vae, latent=tiny.latent(), prototypes=6).result[0]
+    assert small.latents.shape == (6, 16, 4, 4) and set(small.names) < set(tiny.negation_set.names)
+    assert small.weights.sum() == pytest.approx(40, rel=1e-4) and small.metadata["space"] == "vae"
+    _, report = sample.safe(dict(negation_bank=small, reference_bank=tiny.reference))
+    named = {tiny.negation_set.names[i] for i in report.pushed_most()}
+    assert named and named <= set(small.names), "numbers are those of the pictures, not of the prototypes"
+
+
+def test_a_large_bank_gets_an_index(run, tiny, monkeypatch):
+    monkeypatch.setattr(sys.modules["pack.nodes.bank"], "SEARCHED", 40)
+    bank = run("BuildNegationBank", negation_set=tiny.negation_set, vae=tiny.vae, latent=tiny.latent()).result[0]
+    assert bank.clusters is not None and tiny.bank.clusters is None and torch.equal(bank.latents, tiny.bank.latents)

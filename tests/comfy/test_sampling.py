@@ -158,3 +158,22 @@ def test_two_patches_on_one_model(run, tiny, sample):
         results.append(sample.stock(model=model))
         assert all(report.summary["corrected_calls"] == 6 for report in reports)
     assert (results[0] - results[1]).norm() < 0.2 * results[0].norm()
+
+
+def test_a_bank_that_does_not_fit_is_read_from_its_file_at_each_step(run, tiny, sample, monkeypatch):
+    """ComfyUI says how much is free; with next to nothing the same picture comes out of a bank that was never in memory."""
+    import sys
+    from pathlib import Path
+
+    import folder_paths
+
+    wanted, _ = sample.safe()
+    run("SaveNegationBank", negation_bank=tiny.bank, filename_prefix="streamed")
+    for station in ("bank", "sample"):
+        monkeypatch.setattr(sys.modules[f"pack.nodes.{station}"], "memory", lambda device: 1000)
+    stored = run("LoadNegationBank", bank="streamed_00001_.safetensors").result[0]
+    assert type(stored.latents).__name__ == "Stored"
+    latents, report = sample.safe(dict(negation_bank=stored, reference_bank=tiny.reference))
+    torch.testing.assert_close(latents, wanted, rtol=1e-4, atol=1e-4)
+    assert report.summary["corrected_calls"] == len(report.steps)
+    (Path(folder_paths.get_output_directory()) / "negation_banks/streamed_00001_.safetensors").unlink()

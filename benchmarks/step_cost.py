@@ -1,0 +1,325 @@
+"""What does it cost? `python -m benchmarks.step_cost` prints the cost of a step, all compared in one run.
+
+Times are medians of interleaved calls, and what counts are the ratios within a row. Sections, all of them by default:
+
+    kernel    the posterior of a bank of N items at one x (B = 1) or four (B = 4), against one pass over the bank (one `torch.mv`; for
+              B = 4 the two matmuls alone, distances and weighted mean) and against the published rule as published. "one": one item
+              holds the weight; "all": every item counts. Memory: what is allocated at the peak, in percent of the bank.
+    step      one correction with a negation bank and 100 reference samples; and what collecting the report takes of it.
+    sampler   the sampler's step on the tiny model, and on SD 1.5 at full size with random weights at 512 x 512 (needs a ComfyUI, named by
+              the environment variable SAFE_DENOISER_COMFYUI), and the part of it that the patch takes.
+    disk      100,000 latents of 4 x 64 x 64 in half precision in a file (3.3 GB): time and resident memory of a step.
+"""
+import argparse
+import importlib.util
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from safe_denoiser import Bank, SafeDenoiser, load_bank, posterior
+from safe_denoiser.denoiser import Prediction
+
+ROOT = Path(__file__).parent.parent
+LARGEST = 7e9  # bytes: what needs more is left out
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that operations make, at their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {y.untyped_storage().data_ptr() for y in args if isinstance(y, torch.Tensor)}
+        for y in made if isinstance(made, (tuple, list)) else (made,):
+            place = y.untyped_storage().data_ptr() if isinstance(y, torch.Tensor) else None
+            if place and place not in given and place not in self.alive:
+                self.alive[place] = y.untyped_storage().nbytes()
+                weakref.finalize(y.untyped_storage(), self.alive.pop, place, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return made
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    with Allocations() as seen:
+        call()
+    return seen.peak
+
+
+def medians(calls: dict[str, Callable[[], object]], seconds: float = 4.0) -> dict[str, float]:
+    """Milliseconds of each call, all called in turns for about so many seconds, and at least 5 times."""
+    times = {name: [] for name in calls}
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or min(map(len, times.values())) < 6:
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - began))
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
+def published_rule(denoised: torch.Tensor, bank: torch.Tensor, bandwidth: float = 3.15, strength: float = 0.33,
+                   threshold: float = 1e-9) -> torch.Tensor:
+    """The rule as the published code computes it, with a difference and a weighted copy of the whole bank for each picture.
+
+    denoised - strength sum_n k_n y_n / (sum_n k_n + 1e-8),  k_n = exp(-|denoised - y_n| / (2 bandwidth^2)), where the gate opens.
+    Source: the authors' implementation of arXiv:2502.08011, restated. denoised (B, D), bank (N, D), normalised.
+    """
+    gap = denoised[:, None] - bank[None]  # (B, N, D)
+    kernel = torch.exp(-gap.pow(2).sum(2).sqrt() / (2 * bandwidth**2))
+    total = kernel.sum(1, keepdim=True) + 1e-8
+    mean = (kernel[:, :, None] * bank[None]).sum(1) / total
+    return torch.where(total > threshold, denoised - strength * mean, denoised)
+
+
+def draw(n: int, shape: tuple[int, ...], spread: float = 1.0) -> torch.Tensor:
+    return spread * torch.randn(n, *shape, generator=torch.Generator().manual_seed(n))
+
+
+def kernel_row(n: int, shape: tuple[int, ...], b: int, seconds: float) -> dict[str, float]:
+    """Times in ms and peak memory in percent of the bank, for one size of bank."""
+    bank = Bank(draw(n, shape))
+    flat, prior, norms = bank.latents.flatten(1), bank.log_weights, bank.squared_norms
+    x = bank.latents[[i % n for i in range(b)]] + draw(b + 1, shape, 0.3)[:b]
+    rows, weights, size = x.flatten(1), torch.rand(b, n), flat.shape[1]
+
+    def ours(sigma, t):
+        return posterior(x, bank.latents, sigma, 1.0, 0.4, t, prior, norms)
+
+    def matmuls():
+        return torch.mv(flat, rows[0]) if b == 1 else (rows @ flat.T, weights @ flat)
+
+    calls = {"pass": matmuls, "one": lambda: ours(0.3, 1.0), "all": lambda: ours(3.0, size / 32)}
+    if 3 * b * flat.numel() * 4 < LARGEST:
+        calls["published"] = lambda: published_rule(rows, flat)
+    found = medians(calls, seconds)
+    return found | {f"{name} %": 100 * peak_bytes(calls[name]) / (4 * flat.numel()) for name in calls if name != "pass"}
+
+
+def kernel_table(counts: list[int], shapes: list[tuple[int, ...]], seconds: float = 4.0) -> list[tuple]:
+    print("\n| D | N | B | pass, ms | one item, ms | / pass | all items, ms | / pass | published, ms | / ours | memory, all, published |"
+          "\n|---|---|---|---|---|---|---|---|---|---|---|")
+    table = []
+    for shape in shapes:
+        for n in counts:
+            for b in (1, 4):
+                size = torch.Size(shape).numel()
+                if n * size * 4 > LARGEST:
+                    print(f"| {size:,} | {n:,} | {b} | the bank alone takes {n * size * 4e-9:.0f} GB |||||||")
+                    continue
+                r = kernel_row(n, shape, b, seconds)
+                table.append((shape, n, b, r))
+                published = [f"{r['published']:.0f}", f"{r['published'] / r['one']:.0f}, {r['published'] / r['all']:.0f}"] \
+                    if "published" in r else ["", ""]
+                memory = ", ".join(f"{r[key]:.1f} %" for key in ("one %", "all %", "published %") if key in r)
+                cells = [f"{r['pass']:.2f}", f"{r['one']:.2f}", f"{r['one'] / r['pass']:.2f}", f"{r['all']:.2f}",
+                         f"{r['all'] / r['pass']:.2f}", *published, memory]
+                print(f"| {size:,} | {n:,} | {b} | {' | '.join(cells)} |", flush=True)
+    return table
+
+
+def correction_row(n: int, shape: tuple[int, ...], seconds: float) -> dict[str, float]:
+    """Times in ms of one correction against N items and 100 reference samples, of one pass over both, and of collecting the report."""
+    bank, reference = Bank(draw(n, shape)), Bank(draw(100, shape))
+    x, denoised, sigma, steps = draw(1, shape, 2.0), draw(2, shape)[:1], torch.tensor([1.5]), []
+    safe, always = SafeDenoiser(bank, reference=reference), torch.ones(1, dtype=torch.bool)
+    prediction = Prediction(x.flatten(1), denoised.flatten(1), sigma, torch.ones(1), None)
+    correction, flats = safe.correct(prediction), [one.latents.flatten(1) for one in (bank, reference)]
+    return medians({"pass": lambda: [torch.mv(flat, x.flatten()) for flat in flats],
+                    "step": lambda: safe.safe(x, denoised, sigma),
+                    "report": lambda: steps.append(safe.step(prediction.denoised, correction, sigma, always, always))}, seconds)
+
+
+def correction_table(counts: list[int], shape: tuple[int, ...], seconds: float = 4.0) -> None:
+    print("\n| N + reference | one pass over both, ms | a correction, ms | / pass | of it for the report, ms |\n|---|---|---|---|---|")
+    for n in counts:
+        r = correction_row(n, shape, seconds)
+        print(f"| {n:,} + 100 | {r['pass']:.2f} | {r['step']:.2f} | {r['step'] / r['pass']:.2f} | {r['report']:.3f} |", flush=True)
+
+
+class Timer:
+    """Adds up the seconds that a function takes."""
+
+    def __init__(self, function: Callable):
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, *args, **kwargs):
+        began = time.perf_counter()
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+def tiny_rows() -> None:
+    from tiny_digits.world import LATENT, TinyDigits, prompt, reference_bank
+
+    world, noise = TinyDigits(), draw(1, LATENT)
+    for n in (150, 515):
+        safe, steps = SafeDenoiser(Bank(draw(n, LATENT)), reference=reference_bank()), 20
+        shares, times = [], []
+        for _ in range(12):
+            timer = Timer(safe.safe)
+            began = time.perf_counter()
+            world.sample(noise, prompt("straight"), safe=timer)
+            total = time.perf_counter() - began
+            shares.append(timer.seconds / (total - timer.seconds))
+            times.append(1e3 * (total - timer.seconds) / steps)
+        print(f"| tiny model, 32 x 32 | {n} + 100 | {statistics.median(times):.1f} | "
+              f"{statistics.median(times) * statistics.median(shares):.2f} | {100 * statistics.median(shares):.1f} % |", flush=True)
+
+
+def load_pack(comfyui: str) -> dict:
+    """The nodes of this pack in a ComfyUI on the CPU, by id."""
+    import asyncio
+
+    sys.path.insert(0, comfyui)
+    from comfy.cli_args import args
+
+    args.cpu, args.base_directory = True, tempfile.mkdtemp()
+    spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    extension = asyncio.run(module.comfy_entrypoint())
+    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
+
+
+def sd15() -> object:
+    """A MODEL with the architecture of SD 1.5 at full size, its weights drawn small and at random."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    unet = dict(image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[2, 2, 2, 2], channel_mult=[1, 2, 4, 4],
+                transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_middle=1, transformer_depth_output=[1] * 9 + [0] * 3,
+                context_dim=768, num_heads=8, num_head_channels=-1, use_spatial_transformer=True, use_linear_in_transformer=False,
+                use_temporal_attention=False, legacy=False, adm_in_channels=None, dtype=torch.float32)
+    cpu = torch.device("cpu")
+    model = comfy.supported_models.SD15(unet).get_model({}, device=cpu)
+    for weight in model.diffusion_model.state_dict().values():
+        weight.normal_(0, 0.02)
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def full_size_rows(comfyui: str, counts: list[int], steps: int = 4) -> None:
+    """The patch timed inside the run, from outside its wrapper and from inside: the difference of two runs would be noise."""
+    nodes = load_pack(comfyui)
+    import comfy.patcher_extension
+    import comfy.sample
+
+    model, wrappers = sd15(), comfy.patcher_extension.WrappersMP.PREDICT_NOISE
+    prompt = [[draw(1, (77, 768)), {}]]
+    settings = {one.id: one.default for one in nodes["SafeDenoiserApply"].GET_SCHEMA().inputs if getattr(one, "default", None) is not None}
+    print(f"(SD 1.5 has {sum(w.numel() for w in model.model.diffusion_model.parameters()):,} parameters)", flush=True)
+    for n in counts:
+        banks = dict(negation_bank=Bank(draw(n, (4, 64, 64)), metadata={"space": "vae"}),
+                     reference_bank=Bank(draw(100, (4, 64, 64)), metadata={"space": "vae"}))
+        patched = nodes["SafeDenoiserApply"].EXECUTE_NORMALIZED(model=model, **banks, **settings).args[0]
+        outer, inner = [], []
+
+        def timed(times):
+            def wrapper(executor, *args, **kwargs):
+                began = time.perf_counter()
+                try:
+                    return executor(*args, **kwargs)
+                finally:
+                    times.append(time.perf_counter() - began)
+            return wrapper
+
+        patched.wrappers[wrappers] = {"outer": [timed(outer)], **patched.wrappers[wrappers], "inner": [timed(inner)]}
+        noise = draw(3, (4, 64, 64))[:1]
+        comfy.sample.sample(patched, noise, steps, 7.0, "euler", "normal", prompt, prompt, torch.zeros_like(noise), seed=1)
+        extra = [1e3 * (a - b) for a, b in zip(outer, inner)]
+        step, cost = 1e3 * statistics.median(inner), statistics.median(extra)
+        print(f"| SD 1.5, 512 x 512, cfg 7 | {n:,} + 100 | {step:.0f} | {cost:.2f} | {100 * cost / step:.2f} % | "
+              f"first step, calibration included: {extra[0]:.0f} ms", flush=True)
+
+
+def sampler_table() -> None:
+    print("\n| sampler's step | N + reference | without, ms | the patch, ms | overhead |\n|---|---|---|---|---|")
+    tiny_rows()
+    comfyui = os.environ.get("SAFE_DENOISER_COMFYUI")
+    if comfyui:
+        full_size_rows(comfyui, [515, 3000])
+    else:
+        print("SD 1.5 at full size: left out, SAFE_DENOISER_COMFYUI names no ComfyUI")
+
+
+def resident() -> dict[str, int]:
+    """Resident bytes of this process: all, and those that are its own and not a file's."""
+    status = Path("/proc/self/status").read_text()
+    return {key: 1024 * int(re.search(rf"{key}:\s+(\d+)", status)[1]) for key in ("VmRSS", "RssAnon")}
+
+
+def write_bank(path: Path, n: int, shape: tuple[int, ...], clusters: int = 500) -> None:
+    """A bank file in half precision written piece by piece: `clusters` centres of unit variance, items around them at 0.3."""
+    item, generator = torch.Size(shape).numel(), torch.Generator().manual_seed(0)
+    entry = {"latents": {"dtype": "F16", "shape": [n, *shape], "data_offsets": [0, 2 * n * item]},
+             "__metadata__": {"format": "safe_denoiser.bank", "version": "1", "names": "[]", "metadata": "{}"}}
+    header = json.dumps(entry).encode()
+    header += b" " * (-len(header) % 8)
+    noise, step = 0.3 * torch.randn(512 * item, generator=generator), n // clusters
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for start in range(0, n, step):
+            count = min(step, n - start)
+            centre = torch.randn(item, generator=generator)
+            rolled = noise.roll(int(torch.randint(len(noise), (1,), generator=generator)))  # other noise, without drawing it
+            file.write((centre + rolled.view(512, item)[:count]).half().numpy().tobytes())
+
+
+def disk_table(n: int = 100_000, shape: tuple[int, ...] = (4, 64, 64)) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bank.safetensors"
+        write_bank(path, n, shape)
+        size = path.stat().st_size
+        before = resident()
+        bank = load_bank(path, memory=0)
+        print(f"\nA bank of {n:,} x {torch.Size(shape).numel():,} in half precision, {size / 1e9:.1f} GB on disk, never in memory:")
+        x = bank.latents[n // 2:n // 2 + 1].float() + 0.3 * draw(1, shape)
+        calls = {name: lambda sigma=sigma, t=t: posterior(x, bank.latents, sigma, 1.0, 0.4, t, bank.log_weights, bank.squared_norms)
+                 for name, sigma, t in (("one item holds the weight", 0.3, 1.0), ("every item counts", 3.0, 512.0))}
+        r = medians(calls, 10)
+        print("\n".join(f"{name}: {ms:.0f} ms a step" for name, ms in r.items()))
+        grown = {key: value - before[key] for key, value in resident().items()}
+        print(f"resident memory grew by {grown['VmRSS'] / 1e6:.0f} MB, of which its own {grown['RssAnon'] / 1e6:.0f} MB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", help="kernel, step, sampler, disk; none: all")
+    parser.add_argument("--quick", action="store_true", help="small sizes; checks that ours is the faster and the smaller")
+    options = parser.parse_args()
+    if options.quick:
+        check(kernel_table([515], [(4, 64, 64)], 1.0))
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, single precision")
+    shapes = [(4, 64, 64), (16, 128, 128)]
+    sections = {"kernel": lambda: kernel_table([15, 515, 3000, 20_000], shapes), "sampler": sampler_table, "disk": disk_table,
+                "step": lambda: correction_table([15, 515, 3000, 20_000], shapes[0])}
+    for name in options.sections or ("kernel", "step", "sampler", "disk"):
+        sections[name]()
+
+
+def check(table: list[tuple]) -> None:
+    """What must hold on any machine; figures are for the full run."""
+    for _, _, _, r in table:
+        assert r["published"] > 3 * max(r["one"], r["all"]), "ours must be far faster than the published rule"
+        assert r["published %"] > 200 and max(r["one %"], r["all %"]) < 10, "and take no memory to speak of"
+    print("ordering as expected")
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
