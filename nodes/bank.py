@@ -63,7 +63,7 @@ class BuildNegationBank(io.ComfyNode):
                 io.Combo.Input("fit", options=list(FITS), default="crop",
                                tooltip="How pictures of another shape are fitted. crop: fill and cut the overhang. pad: whole picture on "
                                        "black. stretch: distort."),
-                io.Int.Input("prototypes", default=0, min=0, max=100_000,
+                io.Int.Input("prototypes", default=0, min=0, max=100_000, optional=True,
                              tooltip="Keep at most this many weighted prototypes (k-means) instead of all pictures: a smaller bank, faster "
                                      "steps, less exact. 0: all pictures. Needs scikit-learn."),
             ],

@@ -131,7 +131,7 @@ def test_where_both_prompts_are_one_a_cfg_pp_sampler_is_its_plain_namesake(sampl
     Not dpmpp_2s_ancestral_cfg_pp: in ComfyUI that takes the unconditional prediction of its second call with the other one of its first.
     """
     patched, _ = run("Apply", model=sd15, negation_bank=banks["negation_bank"], reference_bank=banks["reference_bank"],
-                     strength=5.0).result
+                     strength=50.0).result
     for model in (sd15, patched):
         plus, plain = (sample_eps(model, name, 3.0, negative=1) for name in (sampler, sampler.removesuffix("_cfg_pp")))
         assert (plus - plain).norm() <= 1e-4 * plain.norm()
