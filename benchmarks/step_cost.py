@@ -8,7 +8,11 @@ Times are medians of interleaved calls, and what counts are the ratios within a 
     step      one correction with a negation bank and 100 reference samples; and what collecting the report takes of it.
     sampler   the sampler's step on the tiny model, and on SD 1.5 at full size with random weights at 512 x 512 (needs a ComfyUI, named by
               the environment variable SAFE_DENOISER_COMFYUI), and the part of it that the patch takes.
-    disk      100,000 latents of 4 x 64 x 64 in half precision in a file (3.3 GB): time and resident memory of a step.
+    disk      100,000 latents of 4 x 64 x 64 in half precision in a file (3.3 GB): time and resident memory of a step, and of one that
+              searches. "its cluster": the weight is on the items around one centre.
+    search    from how many items in memory on a search pays.
+    smaller   unsafe rate of a bank of prototypes, in the tiny digit world.
+    build     the cold and the warm build of a bank of 515 pictures.
 """
 import argparse
 import importlib.util
@@ -21,12 +25,13 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safe_denoiser import Bank, SafeDenoiser, load_bank, posterior
+from safe_denoiser import Bank, LatentCache, NegationSet, SafeDenoiser, compress_bank, encode_bank, index_bank, load_bank, posterior
 from safe_denoiser.denoiser import Prediction
 
 ROOT = Path(__file__).parent.parent
@@ -95,13 +100,12 @@ def kernel_row(n: int, shape: tuple[int, ...], b: int, seconds: float) -> dict[s
     x = bank.latents[[i % n for i in range(b)]] + draw(b + 1, shape, 0.3)[:b]
     rows, weights, size = x.flatten(1), torch.rand(b, n), flat.shape[1]
 
-    def ours(sigma, t):
-        return posterior(x, bank.latents, sigma, 1.0, 0.4, t, prior, norms)
+    one, everything = (partial(posterior, x, bank.latents, sigma, 1.0, 0.4, t, prior, norms) for sigma, t in ((0.3, 1.0), (3.0, size / 32)))
 
     def matmuls():
         return torch.mv(flat, rows[0]) if b == 1 else (rows @ flat.T, weights @ flat)
 
-    calls = {"pass": matmuls, "one": lambda: ours(0.3, 1.0), "all": lambda: ours(3.0, size / 32)}
+    calls = {"pass": matmuls, "one": one, "all": everything}
     if 3 * b * flat.numel() * 4 < LARGEST:
         calls["published"] = lambda: published_rule(rows, flat)
     found = medians(calls, seconds)
@@ -109,8 +113,8 @@ def kernel_row(n: int, shape: tuple[int, ...], b: int, seconds: float) -> dict[s
 
 
 def kernel_table(counts: list[int], shapes: list[tuple[int, ...]], seconds: float = 4.0) -> list[tuple]:
-    print("\n| D | N | B | pass, ms | one item, ms | / pass | all items, ms | / pass | published, ms | / ours | memory, all, published |"
-          "\n|---|---|---|---|---|---|---|---|---|---|---|")
+    print("\n| D | N | B | pass, ms | one item, ms | / pass | all items, ms | / pass | published, ms | / ours "
+          "| memory: one, all, published |\n|---|---|---|---|---|---|---|---|---|---|---|")
     table = []
     for shape in shapes:
         for n in counts:
@@ -150,17 +154,17 @@ def correction_table(counts: list[int], shape: tuple[int, ...], seconds: float =
 
 
 class Timer:
-    """Adds up the seconds that a function takes."""
+    """Adds up the calls of a function, and the seconds they take."""
 
     def __init__(self, function: Callable):
-        self.function, self.seconds = function, 0.0
+        self.function, self.seconds, self.calls = function, 0.0, 0
 
     def __call__(self, *args, **kwargs):
         began = time.perf_counter()
         try:
             return self.function(*args, **kwargs)
         finally:
-            self.seconds += time.perf_counter() - began
+            self.seconds, self.calls = self.seconds + time.perf_counter() - began, self.calls + 1
 
 
 def tiny_rows() -> None:
@@ -279,26 +283,93 @@ def write_bank(path: Path, n: int, shape: tuple[int, ...], clusters: int = 500) 
             file.write((centre + rolled.view(512, item)[:count]).half().numpy().tobytes())
 
 
-def disk_table(n: int = 100_000, shape: tuple[int, ...] = (4, 64, 64)) -> None:
+def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mass that two sets of weights have in common: a lower bound of the share of the weight that a search found."""
+    return float(torch.minimum(a, b).sum(1).min())
+
+
+def disk_table(n: int = 100_000, shape: tuple[int, ...] = (4, 64, 64), seconds: float = 15.0) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bank.safetensors"
         write_bank(path, n, shape)
-        size = path.stat().st_size
-        before = resident()
-        bank = load_bank(path, memory=0)
-        print(f"\nA bank of {n:,} x {torch.Size(shape).numel():,} in half precision, {size / 1e9:.1f} GB on disk, never in memory:")
-        x = bank.latents[n // 2:n // 2 + 1].float() + 0.3 * draw(1, shape)
-        calls = {name: lambda sigma=sigma, t=t: posterior(x, bank.latents, sigma, 1.0, 0.4, t, bank.log_weights, bank.squared_norms)
-                 for name, sigma, t in (("one item holds the weight", 0.3, 1.0), ("every item counts", 3.0, 512.0))}
-        r = medians(calls, 10)
-        print("\n".join(f"{name}: {ms:.0f} ms a step" for name, ms in r.items()))
+        size, before = path.stat().st_size, resident()
+        bank, item = load_bank(path, memory=0), torch.Size(shape).numel()
+        print(f"\nA bank of {n:,} x {item:,} in half precision, {size / 1e9:.1f} GB on disk, never in memory, 500 clusters.")
+        began = time.perf_counter()
+        indexed = index_bank(bank)
+        print(f"The index, {len(indexed.clusters.centres)} centres, took {time.perf_counter() - began:.0f} s to build.")
+        table = []
+        print("\n| the weight is on | scan, ms | search, ms | / scan | mass found |\n|---|---|---|---|---|")
+        for name, sigma, t in (("one item", 0.3, 1.0), ("its cluster", 1.0, item / 160), ("everything", 3.0, item / 32)):
+            x = bank.latents[n // 2:n // 2 + 1].float() + sigma * draw(1, shape)
+
+            scan, search = (partial(posterior, x, bank.latents, sigma, 1.0, 0.4, t, bank.log_weights, bank.squared_norms, search=search)
+                            for search in (None, indexed.clusters))
+            r = medians({"scan": scan, "search": search}, seconds)
+            r["mass"] = overlap(scan().weights, search().weights)
+            table.append(r)
+            print(f"| {name} | {r['scan']:.0f} | {r['search']:.0f} | {100 * r['search'] / r['scan']:.1f} % | {100 * r['mass']:.4f} % |",
+                  flush=True)
         grown = {key: value - before[key] for key, value in resident().items()}
-        print(f"resident memory grew by {grown['VmRSS'] / 1e6:.0f} MB, of which its own {grown['RssAnon'] / 1e6:.0f} MB")
+        print(f"\nResident memory grew by {grown['VmRSS'] / 1e6:.0f} MB, of which the process's own {grown['RssAnon'] / 1e6:.0f} MB.")
+        return table
+
+
+def crossover_table(counts: list[int], shape: tuple[int, ...], seconds: float = 4.0) -> None:
+    """Banks in memory, clustered: from how many items on a search pays."""
+    print("\n| N in memory | one item: scan, ms | search / scan | everything: scan, ms | search / scan |\n|---|---|---|---|---|")
+    for n in counts:
+        centres = draw(n // 50, shape).repeat_interleave(50, 0)
+        bank = index_bank(Bank(centres.add_(draw(200, shape, 0.3).repeat(n // 200, 1, 1, 1))))
+        x, cells = bank.latents[:1] + 0.3 * draw(1, shape), []
+        for sigma, t in ((0.3, 1.0), (3.0, 512.0)):
+            scan, search = (partial(posterior, x, bank.latents, sigma, 1.0, 0.4, t, bank.log_weights, bank.squared_norms, search=search)
+                            for search in (None, bank.clusters))
+            r = medians({"scan": scan, "search": search}, seconds)
+            cells += [f"{r['scan']:.2f}", f"{r['search'] / r['scan']:.2f}"]
+        print(f"| {n:,} | {' | '.join(cells)} |", flush=True)
+
+
+def prototype_table(counts: list[int], pictures: int = 100) -> None:
+    """Unsafe rate in the tiny digit world, as `benchmarks.safety` measures it, against the number of prototypes."""
+    from benchmarks.safety import Scale, bank, reference, row
+
+    print("\n| prototypes of 400 negation pictures | unsafe % (95 %) | energy | benign kept % |\n|---|---|---|---|")
+    for k in counts:
+        r = row(lambda name, negated, k=k: SafeDenoiser(compress_bank(bank(negated, count=400), k), reference=reference()).safe,
+                Scale(2, pictures))
+        print(f"| {k if k < 400 else 'all 400'} | {r['unsafe']:.1f} ({r['low']:.1f} to {r['high']:.1f}) | {r['energy']:.2f} | "
+              f"{r['kept']:.1f} |", flush=True)
+
+
+def build_table(count: int = 515) -> None:
+    """PNG pictures of 512 x 512, resized and encoded by the tiny VAE; at the smaller size it is as quick as a large VAE on a GPU."""
+    import numpy as np
+    from PIL import Image
+
+    from tiny_digits.world import TinyDigits
+
+    world = TinyDigits()
+    print("\n| pictures, encoded at | cold build, s | of it in encode | warm build, s | encoded again |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(count):
+            smooth = np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8)
+            Image.fromarray(smooth).resize((512, 512), Image.Resampling.BICUBIC).save(Path(folder) / f"{i}.png", compress_level=1)
+        negation_set = NegationSet.from_folder(folder)
+        for size in (64, 256):
+            encode, times, calls = Timer(lambda image: world.encode(image.movedim(-1, 0)[None])[0]), [], []
+            for _ in range(2):
+                began = time.perf_counter()
+                encode_bank(negation_set, encode, (size, size), cache=LatentCache(Path(folder) / "cache", "vae"))
+                times.append(time.perf_counter() - began)
+                calls.append(encode.calls)
+            share = 100 * encode.seconds / times[0]
+            print(f"| {size} x {size} | {times[0]:.1f} | {share:.1f} % | {times[1]:.2f} | {calls[1] - calls[0]} |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", help="kernel, step, sampler, disk; none: all")
+    parser.add_argument("sections", nargs="*", help="some of the above; none: all")
     parser.add_argument("--quick", action="store_true", help="small sizes; checks that ours is the faster and the smaller")
     options = parser.parse_args()
     if options.quick:
@@ -307,8 +378,10 @@ def main():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, single precision")
     shapes = [(4, 64, 64), (16, 128, 128)]
     sections = {"kernel": lambda: kernel_table([15, 515, 3000, 20_000], shapes), "sampler": sampler_table, "disk": disk_table,
-                "step": lambda: correction_table([15, 515, 3000, 20_000], shapes[0])}
-    for name in options.sections or ("kernel", "step", "sampler", "disk"):
+                "step": lambda: correction_table([15, 515, 3000, 20_000], shapes[0]), "build": build_table,
+                "search": lambda: crossover_table([1000, 3000, 10_000, 20_000], shapes[0]),
+                "smaller": lambda: prototype_table([5, 10, 25, 50, 100, 200, 400])}
+    for name in options.sections or sections:
         sections[name]()
 
 
