@@ -1,11 +1,10 @@
 import math
-import weakref
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.step_cost import peak_bytes, published_rule
 from safe_denoiser import posterior
 
 
@@ -136,32 +135,12 @@ def test_what_the_mean_leaves_out_is_bounded_and_reported(sigma):
     assert sigma != 1.0 or (posterior(x, latents, sigma, 1.0, 0.4, 40.0, omit=1e-2).omitted > 1e-5).any(), "something is left out here"
 
 
-class Allocations(TorchDispatchMode):
-    """Bytes of the storages that operations made, at their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        given = {y.untyped_storage().data_ptr() for y in args if isinstance(y, torch.Tensor)}
-        for y in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(y, torch.Tensor) and y.untyped_storage().data_ptr() not in given | set(self.alive):
-                place = y.untyped_storage().data_ptr()
-                self.alive[place] = y.untyped_storage().nbytes()
-                weakref.finalize(y.untyped_storage(), self.alive.pop, place, None)
-        self.peak = max(self.peak, sum(self.alive.values()))
-        return made
-
-
 @pytest.mark.parametrize("sigma, t", [(0.3, 1.0), (3.0, 512.0)], ids=["concentrated", "spread"])
 def test_no_temporary_is_as_large_as_the_bank(sigma, t):
     latents, norms = torch.randn(600, 4096), torch.full((600,), 4096.0)
     x = latents[:1] + sigma * torch.randn(1, 4096)
-    with Allocations() as seen:
-        posterior(x, latents, sigma, 1.0, 0.4, t, squared_norms=norms)
-    assert 0 < seen.peak < 0.05 * latents.numel() * 4
+    assert 0 < peak_bytes(lambda: posterior(x, latents, sigma, 1.0, 0.4, t, squared_norms=norms)) < 0.05 * latents.numel() * 4
+    assert peak_bytes(lambda: published_rule(x, latents)) > 2 * latents.numel() * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
