@@ -144,7 +144,7 @@ def correction_row(n: int, shape: tuple[int, ...], seconds: float) -> dict[str, 
     correction, flats = safe.correct(prediction), [one.latents.flatten(1) for one in (bank, reference)]
     return medians({"pass": lambda: [torch.mv(flat, x.flatten()) for flat in flats],
                     "step": lambda: safe.safe(x, denoised, sigma),
-                    "report": lambda: steps.append(safe.step(prediction.denoised, correction, sigma, always, always))}, seconds)
+                    "report": lambda: steps.append(safe.step(prediction.denoised, correction, sigma, always, ~always))}, seconds)
 
 
 def correction_table(counts: list[int], shape: tuple[int, ...], seconds: float = 4.0) -> None:

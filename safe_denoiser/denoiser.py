@@ -232,12 +232,11 @@ class SafeDenoiser:
         reference = self.reference and weight not in ("retain", "unconditional") and self.density(self.reference, p)
         retain = self.retain and weight != "unconditional" and self.density(self.retain, p)
         meant = self.semantic and self.semantic(p.denoised.unflatten(1, self.bank.latents.shape[1:]), p.sigma / p.alpha.clamp_min(1e-3))
-        other = p.unconditional if weight == "unconditional" else (reference or retain).mean
+        beside, found = (self.reference, reference) if reference else (self.retain, retain)
+        other = found.mean if found else p.unconditional
         told, most = torch.zeros_like(p.sigma), math.inf
         if evidence:
-            error = self._chance(self.bank, unsafe, p)
-            if weight != "unconditional":
-                error = error + (self._chance(self.reference, reference, p) if reference else self._chance(self.retain, retain, p))
+            error = self._chance(self.bank, unsafe, p) + (self._chance(beside, found, p) if found else 0)
             t = methods.projection(p.denoised, unsafe.mean, other, error)
             told, most = evidence * (t - 0.5), methods.mirror(t, prior)
         estimates = [methods.log_ratio(unsafe, reference, prior) + told] if reference else []
@@ -254,15 +253,19 @@ class SafeDenoiser:
             direction = direction + self._release(p, unsafe.mean, other, error)[:, None] * (p.unconditional - p.denoised)
         return Correction(direction, r, unsafe.weights.argmax(1), log_r > ceiling, unsafe.omitted)
 
+    def _spread(self, bank: Bank, found: Posterior, p: Prediction) -> tuple[Tensor, Tensor]:
+        """sum_n w_n |y_n|^2 - |ybar|^2, the weighted spread of the items around their mean, and sigma^2 / s^2, (B,) each."""
+        h2 = p.alpha * self.kernel_bandwidth**2
+        s2, noise = p.sigma.square() + p.alpha * h2, p.sigma.square()
+        ybar = (s2[:, None] * found.mean - h2[:, None] * p.x) / noise[:, None]
+        return (found.weights @ bank.squared_norms.to(p.x) - ybar.square().sum(1)).clamp_min(0), noise / s2
+
     def _chance(self, bank: Bank, found: Posterior, p: Prediction) -> Tensor:
         """Squared standard error of a bank's mean, (B,): sum w^2 / (1 - sum w^2) times the weighted spread of its items.
 
         Two means of N pictures each differ by chance as well, and most where N is small; the projection takes that off.
         """
-        s2 = p.sigma.square() + (p.alpha * self.kernel_bandwidth).square()
-        shrink = p.sigma.square() / s2
-        ybar = (found.mean - (p.alpha * self.kernel_bandwidth**2 / s2)[:, None] * p.x) / shrink[:, None]
-        spread = (found.weights @ bank.squared_norms.to(p.x) - ybar.square().sum(1)).clamp_min(0)
+        spread, shrink = self._spread(bank, found, p)
         share = found.weights.square().sum(1)
         return shrink.square() * spread * share / (1 - share).clamp_min(0.05)  # of one picture alone, nothing is known
 
@@ -298,10 +301,8 @@ class SafeDenoiser:
         """log r of `methods.tracked`, in the frame where alpha = 1; starts at log prior, and again when sigma rises."""
         alpha = p.alpha.clamp_min(1e-3)
         x, sigma = p.x / alpha[:, None], p.sigma / alpha
-        s2 = sigma.square() + self.kernel_bandwidth**2
-        mean = (s2[:, None] * unsafe.mean - self.kernel_bandwidth**2 * x) / sigma.square()[:, None]
-        between = (unsafe.weights @ self.bank.squared_norms.to(x) - mean.square().sum(1)).clamp_min(0)
-        excess = (sigma.square() / s2).square() * between + self.kernel_bandwidth**2 * sigma.square() / s2 * x.shape[1] - trace
+        between, shrink = self._spread(self.bank, unsafe, Prediction(x, p.denoised, sigma, torch.ones_like(sigma)))
+        excess = shrink.square() * between + self.kernel_bandwidth**2 * shrink * x.shape[1] - trace
         log_r = torch.full_like(sigma, math.log(self._tuned("tracked")[0]))
         before = self._memory.get("before")
         if before is not None and before[0].shape == x.shape:
@@ -407,17 +408,16 @@ class SafeDenoiser:
         corrected = predicted + self.strength * correction.direction
         finite = torch.isfinite(corrected).all(1)
         active = inside & finite
-        step = self.step(predicted, correction, sigma, inside, finite)
+        step = self.step(predicted, correction, sigma, active, inside & ~finite)
         keep = active.view(-1, *[1] * (shaped.ndim - 1))
         return restore(torch.where(keep, corrected.view_as(shaped).to(denoised.dtype), shaped)), step
 
-    def step(self, predicted: Tensor, correction: Correction, sigma: Tensor, inside: Tensor, finite: Tensor) -> Step:
+    def step(self, predicted: Tensor, correction: Correction, sigma: Tensor, active: Tensor, fallback: Tensor) -> Step:
         """What the report will say of a correction."""
-        active = inside & finite
         size = abs(self.strength) * correction.direction.norm(dim=1) / predicted.norm(dim=1).clamp_min(1e-12)
         values = (correction.posterior, size, correction.nearest)
         return Step(sigma, active, *(torch.where(active, value, 0) for value in values), clamped=active & correction.clamped,
-                    fallback=inside & ~finite, omitted=torch.where(active, correction.omitted, 0))
+                    fallback=fallback, omitted=torch.where(active, correction.omitted, 0))
 
     def _frames(self, x: Tensor):
         """x as a batch of things the size of a bank item, and the way back."""
