@@ -1,5 +1,6 @@
 """OpenCLIP in the core: loading, embedding, choosing, checking; on the tiny CLIP, which is open_clip's own class."""
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dev import ROOT
-from safe_denoiser import LatentCache, NegationSet
+from safe_denoiser import Bank, LatentCache, NegationSet, SafeDenoiser
 from safe_denoiser.clip import CONFIG, fetch, load_clip, published
-from safe_denoiser.meaning import Checked, alarm_threshold, check, choose, diverse, nearest, text_scores, twins
+from safe_denoiser.meaning import Checked, SemanticPosterior, alarm_threshold, check, choose, diverse, nearest, text_scores, twins
 from tiny_digits.world import CLIP, digits_data
 
 WEIGHTS = CLIP / "open_clip_model.safetensors"
@@ -266,3 +267,57 @@ def test_blocked_pictures_are_filled_in_their_places():
     with pytest.raises(ValueError, match="3 pictures of .2, 2, 3. are blocked, but 2 of .2, 2, 3. came again; sample from the output"):
         first.filled(third)
 
+
+
+# --- semantic posterior --------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def semantic(clip, digits):
+    """Of sevens against ones and fours; latents are pictures (3, 32, 32), so that nothing has to be decoded."""
+    def rows(*wanted):
+        return digits.embeddings[torch.isin(digits.labels, torch.tensor(wanted))]
+
+    calls = []
+
+    def decode(denoised):
+        calls.append(1)
+        return denoised.movedim(1, -1)
+
+    return SimpleNamespace(calls=calls, make=lambda **options: SemanticPosterior(clip, decode, rows(7)[:25], rows(1, 4), **options))
+
+
+def latents_of(digits, digit, count=20):
+    return torch.stack([digits.set.readers[i]() for i in (digits.labels == digit).nonzero()[25:25 + count, 0]]).movedim(-1, 1)
+
+
+def test_the_semantic_posterior_knows_sevens(digits, semantic):
+    level = torch.ones(20)
+    assert (semantic.make()(latents_of(digits, 7), level) > 0).float().mean() > 0.9
+    assert (semantic.make()(latents_of(digits, 1), level) < 0).float().mean() > 0.9
+
+
+def test_it_looks_at_every_fourth_call_of_a_run_and_anew_in_the_next(digits, semantic):
+    meant, sevens, ones = semantic.make(every=4), latents_of(digits, 7), latents_of(digits, 1)
+    first = meant(sevens, torch.full((20,), 9.0))
+    assert all(torch.equal(meant(ones, torch.full((20,), 9.0 - i)), first) for i in range(1, 4)) and len(semantic.calls) == 1
+    later = meant(ones, torch.full((20,), 4.0))
+    assert len(semantic.calls) == 2 and later.mean() < first.mean()
+    meant(ones, torch.full((20,), 9.0))
+    assert len(semantic.calls) == 3, "the noise level rose: another run"
+    meant(ones[:3], torch.full((3,), 8.0))
+    assert len(semantic.calls) == 4, "another batch"
+
+
+def test_it_replaces_the_ratio_and_leaves_the_direction(digits, semantic):
+    sevens, ones = latents_of(digits, 7), latents_of(digits, 1)
+    settings = dict(bank=Bank(sevens), retain=Bank(ones), prior=0.4, evidence=0.0)
+    x, sigma = torch.randn(20, 3, 32, 32), torch.full((20,), 2.0)
+    meant = semantic.make()
+    plain, _ = SafeDenoiser(**settings).safe(x, ones, sigma)
+    moved, step = SafeDenoiser(**settings, semantic=meant).safe(x, ones, sigma)
+    expected = torch.sigmoid(math.log(0.4 / 0.6) + semantic.make()(ones, sigma))
+    torch.testing.assert_close(step.posterior, expected.clamp_max(0.95))
+    along = torch.nn.functional.cosine_similarity((moved - ones).flatten(1), (plain - ones).flatten(1))
+    assert along.min() > 0.999, "the direction is that of the banks"
+    with pytest.raises(ValueError, match="the semantic posterior needs a retain bank, towards which to steer; connect one"):
+        SafeDenoiser(Bank(sevens), semantic=meant)
