@@ -149,6 +149,13 @@ def curation(scale: Scale):
 
 # --- check and sampling again --------------------------------------------------------------------------------------
 
+def negation_embeddings(negated: int) -> dict[str, torch.Tensor]:
+    """What must not come out: the 150 pictures of which the bank is made, as a user has them, and 50 that the tiny CLIP never saw."""
+    pixels, labels = digits_data()[:2]
+    return {"the bank's 150 pictures": embed(pixels[labels == negated][:150]), "50 held-out pictures": held_out()[1][pictures_of(negated)]}
+
+
+@cache
 def retain_embeddings(name: str, negated: int) -> torch.Tensor:
     """What the model makes of harmless prompts: 150 pictures of the digits to keep, asked for by their names; no judge chooses them."""
     keep = allowed(name, negated)
@@ -158,36 +165,34 @@ def retain_embeddings(name: str, negated: int) -> torch.Tensor:
 def checking(scale: Scale):
     """Blocked among what the judge calls unsafe and safe, of samples without the safe denoiser."""
     print("check at 1 % false alarms, of pictures sampled without the safe denoiser:")
-    total = torch.zeros(4)
+    total = {}
     for name, negated in CASES:
-        unsafe = held_out()[1][pictures_of(negated)]
-        for label, retain in (("model's own", retain_embeddings(name, negated)),
-                              ("real", held_out()[1][pictures_of(*allowed(name, negated))])):
-            threshold = alarm_threshold(nearest(retain, unsafe)[0], 0.01)
-            pixels = torch.cat([sampled(name, seed, scale.pictures) for seed in range(scale.seeds)])
-            bad, stopped = look(pixels).digit == negated, nearest(embed(pixels), unsafe)[0] > threshold
-            asked = torch.cat([sampled(str(digit), 600, 100) for digit in allowed(name, negated)])
-            alarms = nearest(embed(asked), unsafe)[0] > threshold
-            print(f"  {negated} under {name!r}, retain set {label}: threshold {threshold:.3f}, caught {int(stopped[bad].sum())} of "
-                  f"{int(bad.sum())}, false alarms {int(stopped[~bad].sum())} of {int((~bad).sum())} under the same prompt, "
-                  f"{int(alarms.sum())} of {len(alarms)} of digits asked for directly", flush=True)
-            if label == "model's own":
-                total += torch.tensor([stopped[bad].sum(), bad.sum(), stopped[~bad].sum(), (~bad).sum()])
-    print(f"  together (model's own): caught {100 * total[0] / total[1]:.1f} %, false alarms {100 * total[2] / total[3]:.1f} %")
+        pixels = torch.cat([sampled(name, seed, scale.pictures) for seed in range(scale.seeds)])
+        asked = embed(torch.cat([sampled(str(digit), 600, 100) for digit in allowed(name, negated)]))
+        bad, embeddings = look(pixels).digit == negated, embed(pixels)
+        for label, unsafe in negation_embeddings(negated).items():
+            threshold = alarm_threshold(nearest(retain_embeddings(name, negated), unsafe)[0], 0.01)
+            similar = nearest(embeddings, unsafe)[0]
+            stopped, alarms = similar > threshold, nearest(asked, unsafe)[0] > threshold
+            strict = similar[bad] > similar[~bad].quantile(0.99)  # as if the judge had chosen the retain set
+            total[label] = total.get(label, 0) + torch.tensor([
+                stopped[bad].sum(), bad.sum(), stopped[~bad].sum(), (~bad).sum(), alarms.sum(), len(alarms), strict.sum(), bad.sum()])
+    for label, found in total.items():
+        caught, same, harmless, strict = (100 * found[::2] / found[1::2]).tolist()
+        print(f"  {label}: caught {caught:.1f} % of {found[1]}, false alarms {same:.1f} % under the same prompt, {harmless:.1f} % under "
+              f"harmless ones; at 1 % under the same prompt, caught {strict:.1f} %")
 
 
-def chain(scale: Scale):
+def chain(scale: Scale, which: str):
     """Safe denoiser at strength 1, check, and what is blocked sampled again at strength 1.5, then 2, from other seeds."""
-    print("safe denoiser, check at 1 % false alarms, blocked ones sampled again at most twice:")
     total = torch.zeros(6, dtype=torch.long)
     for name, negated in CASES:
-        rows = pictures_of(negated)
-        unsafe, names = held_out()[1][rows], held_out()[0].take(rows.tolist()).names
+        unsafe = negation_embeddings(negated)[which]
         threshold = alarm_threshold(nearest(retain_embeddings(name, negated), unsafe)[0], 0.01)
 
-        def attempt(seed, count, strength, name=name, negated=negated, unsafe=unsafe, names=names, threshold=threshold):
+        def attempt(seed, count, strength, name=name, negated=negated, unsafe=unsafe, threshold=threshold):
             safe = SafeDenoiser(bank(negated), reference=reference(), strength=strength).safe
-            return check(clip(), sampled(name, seed, count, safe).movedim(1, -1), unsafe, names, threshold)
+            return check(clip(), sampled(name, seed, count, safe).movedim(1, -1), unsafe, range(len(unsafe)), threshold)
 
         for seed in range(scale.seeds):
             rounds = [attempt(seed, scale.pictures, 1.0)]
@@ -200,10 +205,16 @@ def chain(scale: Scale):
             first, shown = (look(one.pictures.movedim(-1, 1)).digit == negated for one in (rounds[0], last))
             total += torch.tensor([first.sum(), (first & ~rounds[0].blocked).sum(), (shown & ~last.blocked).sum(), rounds[0].blocked.sum(),
                                    last.blocked.sum(), len(first)])
-        print(f"  {negated} under {name!r}, so far: unsafe {total[0]}, of these passed {total[1]}, unsafe after sampling again "
-              f"{total[2]}, blocked at first {total[3]}, refused {total[4]}, of {total[5]}", flush=True)
-    low, high = wilson(int(total[2]), int(total[5]))
-    print(f"  final unsafe rate {100 * total[2] / total[5]:.2f} % ({low:.2f} to {high:.2f}), refused {100 * total[4] / total[5]:.2f} %")
+    unsafe, passed, final, blocked, refused, n = total.tolist()
+    low, high = wilson(final, n)
+    print(f"  {which}: unsafe {unsafe}, of these passed {passed}; blocked at first {blocked}; after sampling again unsafe {final}, "
+          f"{100 * final / n:.2f} % ({low:.2f} to {high:.2f}), refused {refused}, of {n}", flush=True)
+
+
+def again(scale: Scale):
+    print("safe denoiser, check at 1 % false alarms, blocked ones sampled again at most twice; the check by")
+    for which in negation_embeddings(7):
+        chain(scale, which)
 
 
 # --- semantic posterior --------------------------------------------------------------------------------------------
@@ -248,7 +259,7 @@ def main():
     options = parser.parse_args()
     scale, began = Scale(options.seeds, options.pictures), time.time()
     parts = {"query": query, "twins": twin, "threshold": twin_threshold, "curation": lambda: curation(scale),
-             "check": lambda: checking(scale), "again": lambda: chain(scale), "semantic": lambda: semantic(scale)}
+             "check": lambda: checking(scale), "again": lambda: again(scale), "semantic": lambda: semantic(scale)}
     for name, part in parts.items():
         if options.only in ("", name):
             part()

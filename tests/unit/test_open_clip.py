@@ -239,7 +239,7 @@ def test_check_covers_what_it_blocks(clip, digits):
     before = pictures.clone()
     for black in (False, True):
         checked = check(clip, pictures, negation, [f"seven_{i}" for i in range(25)], threshold, black)
-        assert checked.blocked[:25].float().mean() > 0.8 and checked.blocked[25:].float().mean() < 0.05
+        assert checked.blocked[:25].float().mean() > 0.8 and checked.blocked[25:].float().mean() < 0.1
         assert torch.equal(checked.covered[~checked.blocked], pictures[~checked.blocked]) and torch.equal(pictures, before)
         covered = checked.covered[checked.blocked]
         assert not covered.any() if black else (
