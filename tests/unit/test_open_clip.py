@@ -144,6 +144,8 @@ def test_published_weights_are_named_with_their_size(monkeypatch):
     assert published("ViT-B-32", "laion2b_s34b_b79k") == ("laion/CLIP-ViT-B-32-laion2B-s34B-b79K/open_clip_model.safetensors", 605)
     with pytest.raises(ValueError, match="knows no weights 'gone' of 'ViT-B-32'; choose one of openai, "):
         published("ViT-B-32", "gone")
+    with pytest.raises(ValueError, match="needs files from the repository 'roberta-base'.*choose another CLIP"):
+        published("roberta-ViT-B-32", "laion2b_s12b_b32k")
 
 
 def test_fetched_weights_are_a_folder_that_loads(architecture, tmp_path, monkeypatch, clip):
@@ -169,6 +171,16 @@ def test_fetched_weights_are_a_folder_that_loads(architecture, tmp_path, monkeyp
     fetched = load_clip(tmp_path / "tiny-test-tag")
     assert torch.equal(fetched.texts(["a seven"]), clip.texts(["a seven"]))
     assert fetched.mean.tolist() == [0.5, 0.5, 0.5] and fetched.std.tolist() == [0.25, 0.25, 0.25]
+
+
+# --- the benchmark's targets -----------------------------------------------------------------------------------------
+
+def test_held_out_digits_are_found_by_name_and_twins_by_sight(clip, digits):
+    from benchmarks.clip import TWIN, precision_at, twin_f1
+
+    ranking = text_scores(clip, digits.embeddings, "seven").argsort(descending=True)
+    assert precision_at(digits.labels[ranking] == 7, 0.9) >= 0.95
+    assert twin_f1(digits_data()[2], TWIN)[0] >= 0.9
 
 
 # --- choosing ------------------------------------------------------------------------------------------------------
