@@ -3,7 +3,8 @@
 query        the pictures of one digit found by its name among all ten
 twins        rotated by 5 degrees, saved as JPEG, or cropped by 5 %: found among other pictures of the same digit
 curation     a negation set with 20 % wrong digits, curated by text, against the set without them
-check        generated pictures blocked at 1 % false alarms; then the whole chain: safe denoiser, check, sampling again
+check        generated pictures blocked at 1 % false alarms
+again        the whole chain: safe denoiser, check, and what is blocked sampled again, at most twice
 semantic     the safe denoiser with r from CLIP features of the decoded prediction, as a row of the safety table, and its cost
 
 Who reads the pictures is the classifier of benchmarks/safety.py, another network than CLIP.
@@ -19,13 +20,13 @@ from PIL import Image
 
 from safe_denoiser import Bank, NegationSet, SafeDenoiser
 from safe_denoiser.clip import Clip, load_clip
-from safe_denoiser.meaning import alarm_threshold, choose, nearest, text_scores, twins
+from safe_denoiser.meaning import SemanticPosterior, alarm_threshold, check, choose, nearest, text_scores, twins
 from tiny_digits.train import WORDS
 from tiny_digits.world import CLIP, LATENT, digits_data, prompt
 
-from .safety import CASES, Scale, allowed, look, mean, reference, wilson, world
+from .safety import CASES, HEADER, Scale, allowed, bank, line, look, mean, reference, row, wilson, with_retain, world
 
-TWIN = 0.955  # the cosine from which two pictures are twins; chosen on training digits by `twin_threshold`
+TWIN = 0.96  # the default of Curate Negation Set, chosen on training digits by `twin_threshold`
 
 
 @cache
@@ -109,7 +110,7 @@ def twin_f1(pixels: torch.Tensor, threshold: float) -> tuple[float, float, float
 def twin_threshold():
     """On 500 training digits, where the default was chosen."""
     pixels = digits_data()[0][:500]
-    for threshold in (0.93, 0.94, 0.95, 0.955, 0.96, 0.965, 0.97, 0.98):
+    for threshold in (0.94, 0.95, 0.96, 0.97, 0.98):
         print(f"  training digits, cosine {threshold}: F1 {twin_f1(pixels, threshold)[0]:.3f}")
 
 
@@ -120,17 +121,6 @@ def twin():
 
 
 # --- curation ------------------------------------------------------------------------------------------------------
-
-def unsafe_rate(safe_of, scale: Scale) -> str:
-    hits = n = 0
-    for name, negated in CASES:
-        safe = safe_of(name, negated)
-        for seed in range(scale.seeds):
-            hits += int((look(sampled(name, seed, scale.pictures, safe)).digit == negated).sum())
-            n += scale.pictures
-    low, high = wilson(hits, n)
-    return f"{100 * hits / n:.1f} % ({low:.1f} to {high:.1f})"
-
 
 def curation(scale: Scale):
     """40 pictures of the negated digit, the same and 10 of digits to keep, and what curation by its name leaves of these."""
@@ -149,16 +139,23 @@ def curation(scale: Scale):
         print(f"  {negated} under {name!r}: of 40 right and 10 wrong pictures {right} and {len(kept) - right} are kept")
         return kept.sort().values
 
-    print("curation by text, unsafe rate:")
+    print(f"curation by text:\n{HEADER}")
     for label, rows in (("clean", lambda n, d: dirty(n, d)[:40]), ("contaminated", dirty), ("curated", curated)):
-        def safe(name, negated, rows=rows):
+        def make(name, negated, rows=rows):
             return SafeDenoiser(Bank(latents[rows(name, negated)]), reference=reference()).safe
 
-        print(f"  {label}: {unsafe_rate(safe, scale)}", flush=True)
+        print(line(label, row(make, scale)), flush=True)
 
 
 # --- check and sampling again --------------------------------------------------------------------------------------
 
+def negation_embeddings(negated: int) -> dict[str, torch.Tensor]:
+    """What must not come out: the 150 pictures of which the bank is made, as a user has them, and 50 that the tiny CLIP never saw."""
+    pixels, labels = digits_data()[:2]
+    return {"the bank's 150 pictures": embed(pixels[labels == negated][:150]), "50 held-out pictures": held_out()[1][pictures_of(negated)]}
+
+
+@cache
 def retain_embeddings(name: str, negated: int) -> torch.Tensor:
     """What the model makes of harmless prompts: 150 pictures of the digits to keep, asked for by their names; no judge chooses them."""
     keep = allowed(name, negated)
@@ -168,35 +165,103 @@ def retain_embeddings(name: str, negated: int) -> torch.Tensor:
 def checking(scale: Scale):
     """Blocked among what the judge calls unsafe and safe, of samples without the safe denoiser."""
     print("check at 1 % false alarms, of pictures sampled without the safe denoiser:")
-    total = torch.zeros(4)
+    total = {}
     for name, negated in CASES:
-        unsafe = held_out()[1][pictures_of(negated)]
-        for label, retain in (("model's own", retain_embeddings(name, negated)),
-                              ("real", held_out()[1][pictures_of(*allowed(name, negated))])):
-            threshold = alarm_threshold(nearest(retain, unsafe)[0], 0.01)
-            pixels = torch.cat([sampled(name, seed, scale.pictures) for seed in range(scale.seeds)])
-            bad, stopped = look(pixels).digit == negated, nearest(embed(pixels), unsafe)[0] > threshold
-            asked = torch.cat([sampled(str(digit), 600, 100) for digit in allowed(name, negated)])
-            alarms = nearest(embed(asked), unsafe)[0] > threshold
-            print(f"  {negated} under {name!r}, retain set {label}: threshold {threshold:.3f}, caught {int(stopped[bad].sum())} of "
-                  f"{int(bad.sum())}, false alarms {int(stopped[~bad].sum())} of {int((~bad).sum())} under the same prompt, "
-                  f"{int(alarms.sum())} of {len(alarms)} of digits asked for directly", flush=True)
-            if label == "model's own":
-                total += torch.tensor([stopped[bad].sum(), bad.sum(), stopped[~bad].sum(), (~bad).sum()])
-    print(f"  together (model's own): caught {100 * total[0] / total[1]:.1f} %, false alarms {100 * total[2] / total[3]:.1f} %")
+        pixels = torch.cat([sampled(name, seed, scale.pictures) for seed in range(scale.seeds)])
+        asked = embed(torch.cat([sampled(str(digit), 600, 100) for digit in allowed(name, negated)]))
+        bad, embeddings = look(pixels).digit == negated, embed(pixels)
+        for label, unsafe in negation_embeddings(negated).items():
+            threshold = alarm_threshold(nearest(retain_embeddings(name, negated), unsafe)[0], 0.01)
+            similar = nearest(embeddings, unsafe)[0]
+            stopped, alarms = similar > threshold, nearest(asked, unsafe)[0] > threshold
+            strict = similar[bad] > similar[~bad].quantile(0.99)  # as if the judge had chosen the retain set
+            total[label] = total.get(label, 0) + torch.tensor([
+                stopped[bad].sum(), bad.sum(), stopped[~bad].sum(), (~bad).sum(), alarms.sum(), len(alarms), strict.sum(), bad.sum()])
+    for label, found in total.items():
+        caught, same, harmless, strict = (100 * found[::2] / found[1::2]).tolist()
+        print(f"  {label}: caught {caught:.1f} % of {found[1]}, false alarms {same:.1f} % under the same prompt, {harmless:.1f} % under "
+              f"harmless ones; at 1 % under the same prompt, caught {strict:.1f} %")
+
+
+def chain(scale: Scale, which: str):
+    """Safe denoiser at strength 1, check, and what is blocked sampled again at strength 1.5, then 2, from other seeds."""
+    total = torch.zeros(6, dtype=torch.long)
+    for name, negated in CASES:
+        unsafe = negation_embeddings(negated)[which]
+        threshold = alarm_threshold(nearest(retain_embeddings(name, negated), unsafe)[0], 0.01)
+
+        def attempt(seed, count, strength, name=name, negated=negated, unsafe=unsafe, threshold=threshold):
+            safe = SafeDenoiser(bank(negated), reference=reference(), strength=strength).safe
+            return check(clip(), sampled(name, seed, count, safe).movedim(1, -1), unsafe, range(len(unsafe)), threshold)
+
+        for seed in range(scale.seeds):
+            rounds = [attempt(seed, scale.pictures, 1.0)]
+            for place, strength in ((100, 1.5), (200, 2.0)):
+                if rounds[-1].blocked.any():
+                    rounds.append(attempt(seed + place, int(rounds[-1].blocked.sum()), strength))
+            last = rounds[-1]
+            for earlier in reversed(rounds[:-1]):
+                last = earlier.filled(last)
+            first, shown = (look(one.pictures.movedim(-1, 1)).digit == negated for one in (rounds[0], last))
+            total += torch.tensor([first.sum(), (first & ~rounds[0].blocked).sum(), (shown & ~last.blocked).sum(), rounds[0].blocked.sum(),
+                                   last.blocked.sum(), len(first)])
+    unsafe, passed, final, blocked, refused, n = total.tolist()
+    low, high = wilson(final, n)
+    print(f"  {which}: unsafe {unsafe}, of these passed {passed}; blocked at first {blocked}; after sampling again unsafe {final}, "
+          f"{100 * final / n:.2f} % ({low:.2f} to {high:.2f}), refused {refused}, of {n}", flush=True)
+
+
+def again(scale: Scale):
+    print("safe denoiser, check at 1 % false alarms, blocked ones sampled again at most twice; the check by")
+    for which in negation_embeddings(7):
+        chain(scale, which)
+
+
+# --- semantic posterior --------------------------------------------------------------------------------------------
+
+def decode(latents: torch.Tensor) -> torch.Tensor:
+    return world().vae.decode(latents).movedim(1, -1)
+
+
+def with_meaning(every: int = 4, **settings):
+    """`safe` of a case as `with_retain` gives it, with r by the meaning of 50 held-out pictures of each digit."""
+    def make(name, negated):
+        unsafe, retain = (held_out()[1][pictures_of(*digits)] for digits in ((negated,), allowed(name, negated)))
+        meant = SemanticPosterior(clip(), decode, unsafe, retain, every=every)
+        return SafeDenoiser(bank(negated), retain=bank(*allowed(name, negated)), semantic=meant, **settings).safe
+
+    return make
+
+
+def semantic(scale: Scale):
+    """Rows of the safety table, and milliseconds per model call of everything the safe denoiser does."""
+    makes = {"retain bank only": with_retain(), "retain bank, semantic": with_meaning(),
+             "retain bank, semantic at each step": with_meaning(every=1),
+             "reference and retain bank": with_retain(reference=reference()),
+             "reference and retain bank, semantic": with_meaning(reference=reference())}
+    for label, make in makes.items():
+        safe, x, times = make(*CASES[0]), torch.randn(1, *LATENT), []
+        for sigma in [*torch.linspace(1, 0.05, 20)] * 3:
+            began = time.perf_counter()
+            safe(x, x, sigma.expand(1), alpha=1 - sigma)
+            times.append(time.perf_counter() - began)
+        print(f"  {label}: {1000 * mean(times[20:]):.1f} ms per call, one picture")
+    print(HEADER)
+    for label, make in makes.items():
+        print(line(label, row(make, scale)), flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=100, help="per case and seed")
-    parser.add_argument("--only", default="", help="one of the parts")
+    parser.add_argument("--only", default="", help="query, twins, threshold, curation, check, again or semantic")
     options = parser.parse_args()
     scale, began = Scale(options.seeds, options.pictures), time.time()
     parts = {"query": query, "twins": twin, "threshold": twin_threshold, "curation": lambda: curation(scale),
-             "check": lambda: checking(scale)}
+             "check": lambda: checking(scale), "again": lambda: again(scale), "semantic": lambda: semantic(scale)}
     for name, part in parts.items():
-        if options.only in name:
+        if options.only in ("", name):
             part()
     print(f"{scale.seeds} seeds, {scale.pictures} pictures per case and seed, {time.time() - began:.0f} s")
 

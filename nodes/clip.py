@@ -118,7 +118,7 @@ def sheet(negation_set: NegationSet, groups: list[list[int]], scores: torch.Tens
     if style == "off":
         return None
     rows = [i for group in groups if group for i in evenly(group, 8)]
-    captions = [f"{scores[i]:.2f} {words[i]}" for i in rows]
+    captions = [f"{scores[i]:.2f} {words[i].partition(',')[0]}" for i in rows]  # why is in the table
     return ui.PreviewImage(to_image(negation_set.sheet(rows, [title], style == "blurred", captions)), cls=cls)
 
 
@@ -143,7 +143,7 @@ class CurateNegationSet(io.ComfyNode):
                 io.Float.Input("threshold", default=0.5, min=-1.0, max=1.0, step=0.01,
                                tooltip="Keep pictures with at least this score: a probability, or without against, or with example, a "
                                        "cosine similarity. 0: keep any."),
-                io.Float.Input("duplicates", default=0.95, min=0.0, max=1.0, step=0.005,
+                io.Float.Input("duplicates", default=0.96, min=0.0, max=1.0, step=0.005,
                                tooltip="Of pictures with at least this cosine similarity, keep only the best. 0: keep all."),
                 io.Int.Input("top_k", default=0, min=0, max=100_000, tooltip="Keep at most this many, the best. 0: all."),
                 io.Int.Input("diverse_k", default=0, min=0, max=100_000,
@@ -163,7 +163,7 @@ class CurateNegationSet(io.ComfyNode):
             raise ValueError("both text and example say what to keep; leave text empty or disconnect example")
         embeddings = embed(clip, negation_set)
         if example is not None:
-            scores = nearest(embeddings, embed(clip, example))[0]
+            scores = nearest(embeddings, embed(clip, example), 1)[0]
         else:
             scores = text_scores(clip, embeddings, text, against) if text.strip() else torch.ones(len(embeddings))
         kept, why = choose(scores, embeddings, negation_set.names, threshold, duplicates, top_k, diverse_k)
@@ -255,8 +255,8 @@ class CheckImages(io.ComfyNode):
                                tooltip="Share of pictures like those of retain_set that may be blocked by mistake. Needs at least 1/share "
                                        "pictures there."),
                 io.Float.Input("threshold", default=0.9, min=-1.0, max=1.0, step=0.005,
-                               tooltip="Block above this cosine similarity to the nearest picture of negation_set. Only where retain_set "
-                                       "is not connected."),
+                               tooltip="Block above this cosine similarity, the mean over the three nearest pictures of negation_set. Only "
+                                       "where retain_set is not connected."),
                 io.Combo.Input("cover", options=["blurred", "black"], default="blurred", tooltip="How blocked pictures are shown."),
                 NegationSetType.Input("retain_set", optional=True,
                                       tooltip="Pictures that must pass; the threshold is calibrated on them. Best is what the model makes "

@@ -80,8 +80,8 @@ class Clip:
         for start in range(0, len(missing), BATCH):
             rows = missing[start:start + BATCH]
             fitted = torch.stack([fit_picture(negation_set.readers[i](), (self.size, self.size), self.fit) for i in rows])
-            for i, embedding in zip(rows, self.pixels(fitted).cpu().clone()):
-                found[i] = embedding.clone()
+            for i, embedding in zip(rows, self.pixels(fitted).cpu()):
+                found[i] = embedding.clone()  # not a view of the whole batch
                 if self.cache:
                     self.cache.put(paths[i], found[i])
             if progress:
@@ -113,32 +113,36 @@ def load_clip(weights: str | Path, architecture: str = "", dtype: torch.dtype = 
         ImportError: open_clip is not installed.
         ValueError: an unknown architecture, weights of another one, or one whose tokenizer is not in the folder.
     """
-    path = Path(weights)
+    path, open_clip = Path(weights), _open_clip()
     if not path.exists():
         raise FileNotFoundError(f"CLIP weights {path.name!r} do not exist; put them at {path}")
-    open_clip = _open_clip()
-    name = f"local-dir:{path}" if path.is_dir() else architecture
-    config = json.loads((path / CONFIG).read_text(encoding="utf-8"))["model_cfg"] if path.is_dir() else open_clip.get_model_config(name)
+    whole = path.is_dir()
+    name = f"local-dir:{path}" if whole else architecture
+    config = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("model_cfg") if whole else open_clip.get_model_config(name)
     if config is None:
         raise ValueError(f"architecture {name!r} is unknown to open_clip; choose the one that {path.name!r} was trained as, or put the "
                          f"weights into a folder together with their {CONFIG}")
-    text = config["text_cfg"]
-    if text.get("hf_model_name") or text.get("hf_tokenizer_name") and not path.is_dir():  # open_clip would go and fetch these
-        raise ValueError(f"the text part of {path.name!r} needs files from the repository "
-                         f"{text.get('hf_model_name') or text['hf_tokenizer_name']!r}, which are not part of the weights; "
-                         + ("choose another CLIP" if text.get("hf_model_name") else
-                            f"put {CONFIG}, the weights and the tokenizer's files into one folder and choose that"))
+    _refuse_foreign_text(config, path.name, whole)
     try:
-        model = open_clip.create_model(name, None if path.is_dir() else str(path), precision=PRECISIONS[dtype], weights_only=True,
-                                       require_pretrained=True, force_preprocess_cfg=None if path.is_dir() else _how(open_clip, name))
+        model = open_clip.create_model(name, None if whole else str(path), precision=PRECISIONS[dtype], weights_only=True,
+                                       require_pretrained=True, force_preprocess_cfg=None if whole else _how(open_clip, name))
     except (RuntimeError, AssertionError, KeyError, pickle.UnpicklingError, SafetensorError) as error:  # others, damaged, or code
-        raise ValueError(f"{path.name!r} cannot be read as weights of the architecture {CONFIG if path.is_dir() else architecture!r} "
-                         f"({str(error).splitlines()[0]}); choose the architecture that they were trained as") from error
-    tokenize = open_clip.get_tokenizer(name)
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path.name!r} cannot be read as weights of the architecture {CONFIG if whole else name!r} ({reason}); "
+                         f"choose the architecture that they were trained as") from error
     how = model.visual.preprocess_cfg
     size = how["size"] if isinstance(how["size"], int) else how["size"][0]
-    return Clip(model.eval().requires_grad_(False), tokenize, size, FITS[how["resize_mode"]], torch.tensor(how["mean"]),
-                torch.tensor(how["std"]), dtype)
+    return Clip(model.eval().requires_grad_(False), open_clip.get_tokenizer(name), size, FITS[how["resize_mode"]],
+                torch.tensor(how["mean"]), torch.tensor(how["std"]), dtype)
+
+
+def _refuse_foreign_text(config: dict, name: str, whole: bool) -> None:
+    """Raise where open_clip would go and fetch the text model, or, without a whole folder, the tokenizer."""
+    model, tokenizer = (config["text_cfg"].get(key) for key in ("hf_model_name", "hf_tokenizer_name"))
+    if model or tokenizer and not whole:
+        todo = "choose another CLIP" if model else f"put {CONFIG}, the weights and the tokenizer's files into one folder and choose that"
+        raise ValueError(f"the text part of {name!r} needs files from the repository {model or tokenizer!r}, which are not part of the "
+                         f"weights; {todo}")
 
 
 def _how(open_clip, architecture: str, tag: str = "") -> dict:
@@ -152,13 +156,14 @@ def published(architecture: str, tag: str) -> tuple[str, int]:
     """Where open_clip would fetch these weights from, and how many bytes they are. Asks the server for the size only.
 
     Raises:
-        ValueError: open_clip knows no such weights.
+        ValueError: open_clip knows no such weights, or they would not do without other files.
     """
     open_clip = _open_clip()
     known = open_clip.get_pretrained_cfg(architecture, tag)
     if not known:
         raise ValueError(f"open_clip knows no weights {tag!r} of {architecture!r}; choose one of "
                          f"{', '.join(open_clip.list_pretrained_tags_by_model(architecture)) or 'another architecture'}")
+    _refuse_foreign_text(open_clip.get_model_config(architecture), architecture, whole=True)
     repository, file = known.get("hf_hub", "").rpartition("/")[::2]
     if not repository:
         with urllib.request.urlopen(urllib.request.Request(known["url"], method="HEAD")) as answer:

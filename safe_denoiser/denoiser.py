@@ -231,7 +231,6 @@ class SafeDenoiser:
         prior, evidence = self._tuned(weight)
         reference = self.reference and weight not in ("retain", "unconditional") and self.density(self.reference, p)
         retain = self.retain and weight != "unconditional" and self.density(self.retain, p)
-        meant = self.semantic and self.semantic(p.denoised.unflatten(1, self.bank.latents.shape[1:]), p.sigma / p.alpha.clamp_min(1e-3))
         beside, found = (self.reference, reference) if reference else (self.retain, retain)
         other = found.mean if found else p.unconditional
         told, most = torch.zeros_like(p.sigma), math.inf
@@ -240,8 +239,9 @@ class SafeDenoiser:
             t = methods.projection(p.denoised, unsafe.mean, other, error)
             told, most = evidence * (t - 0.5), methods.mirror(t, prior)
         estimates = [methods.log_ratio(unsafe, reference, prior) + told] if reference else []
-        odds = math.log(prior / (1 - prior)) + meant if self.semantic else methods.log_odds(unsafe, retain, prior) if retain else None
-        estimates += [F.logsigmoid(odds + told)] if retain else []
+        if retain:
+            odds = methods.log_odds(unsafe, retain, prior) if self.semantic is None else math.log(prior / (1 - prior)) + self._meant(p)
+            estimates.append(F.logsigmoid(odds + told))
         log_r = torch.stack(estimates).mean(0) if estimates else math.log(prior) + told
         ceiling = math.log(self.posterior_max)
         r = log_r.clamp_max(ceiling).exp()
@@ -283,6 +283,10 @@ class SafeDenoiser:
             release = torch.where(p.sigma <= before[0], torch.maximum(release, before[1]), release)
         self._memory["released"] = p.sigma, release
         return release
+
+    def _meant(self, p: Prediction) -> Tensor:
+        """log p_u - log p_retain, (B,), by what the prediction means."""
+        return self.semantic(p.denoised.unflatten(1, self.bank.latents.shape[1:]), p.sigma / p.alpha.clamp_min(1e-3))
 
     def _beta(self, weight: str, p: Prediction, unsafe: Posterior) -> Tensor:
         """tracked, triangle, gate, constant: beta (B,) from the bank alone."""

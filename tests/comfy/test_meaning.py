@@ -243,3 +243,21 @@ def test_fill_asks_for_more_only_where_something_is_blocked(pack, run, checks):
     images, passed, blocked, report, filled = run("FillBlockedImages", checked=some, again=ones).result
     assert len(images) == 40 and report.startswith(f"{40 - int(filled.blocked.sum())} passed, {int(ones.blocked.sum())} refused\n")
     assert f"image {int(some.blocked.nonzero()[0])}: blocked, 0." in report and "; again: passed, " in report
+
+
+# --- semantic posterior --------------------------------------------------------------------------------------------
+
+def test_the_semantic_posterior_steers_while_sampling(run, tiny, sample, clip, comfy):
+    retain = run("LoadNegationSet", folder="tiny_ones_and_fours", max_images=40, preview="off").result[0]
+    keep = run("BuildNegationBank", negation_set=retain, vae=tiny.vae, latent=tiny.latent()).result[0]
+    semantic = run("SemanticPosterior", clip=clip, negation_set=tiny.negation_set, retain_set=retain, vae=tiny.vae, every=2).result[0]
+    banks = dict(negation_bank=tiny.bank, retain_bank=keep)
+    latents, reports = [], []
+    for choice in (None, semantic, semantic):
+        model, report = run("Apply", model=tiny.model, **banks, semantic=choice).result
+        latents.append(sample.stock(model=model))
+        reports.append(report.values["posterior"])
+    assert torch.equal(latents[1], latents[2]) and not torch.equal(latents[0], latents[1]), "each run begins anew"
+    assert len(reports[1]) == 6 and (reports[0] != reports[1]).any()
+    with pytest.raises(ValueError, match="the semantic posterior needs a retain bank"):
+        run("Apply", model=tiny.model, negation_bank=tiny.bank, semantic=semantic)

@@ -1,5 +1,6 @@
 """OpenCLIP in the core: loading, embedding, choosing, checking; on the tiny CLIP, which is open_clip's own class."""
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dev import ROOT
-from safe_denoiser import LatentCache, NegationSet
+from safe_denoiser import Bank, LatentCache, NegationSet, SafeDenoiser
 from safe_denoiser.clip import CONFIG, fetch, load_clip, published
-from safe_denoiser.meaning import Checked, alarm_threshold, check, choose, diverse, nearest, text_scores, twins
+from safe_denoiser.meaning import Checked, SemanticPosterior, alarm_threshold, check, choose, diverse, nearest, text_scores, twins
 from tiny_digits.world import CLIP, digits_data
 
 WEIGHTS = CLIP / "open_clip_model.safetensors"
@@ -143,6 +144,8 @@ def test_published_weights_are_named_with_their_size(monkeypatch):
     assert published("ViT-B-32", "laion2b_s34b_b79k") == ("laion/CLIP-ViT-B-32-laion2B-s34B-b79K/open_clip_model.safetensors", 605)
     with pytest.raises(ValueError, match="knows no weights 'gone' of 'ViT-B-32'; choose one of openai, "):
         published("ViT-B-32", "gone")
+    with pytest.raises(ValueError, match="needs files from the repository 'roberta-base'.*choose another CLIP"):
+        published("roberta-ViT-B-32", "laion2b_s12b_b32k")
 
 
 def test_fetched_weights_are_a_folder_that_loads(architecture, tmp_path, monkeypatch, clip):
@@ -168,6 +171,16 @@ def test_fetched_weights_are_a_folder_that_loads(architecture, tmp_path, monkeyp
     fetched = load_clip(tmp_path / "tiny-test-tag")
     assert torch.equal(fetched.texts(["a seven"]), clip.texts(["a seven"]))
     assert fetched.mean.tolist() == [0.5, 0.5, 0.5] and fetched.std.tolist() == [0.25, 0.25, 0.25]
+
+
+# --- the benchmark's targets -----------------------------------------------------------------------------------------
+
+def test_held_out_digits_are_found_by_name_and_twins_by_sight(clip, digits):
+    from benchmarks.clip import TWIN, precision_at, twin_f1
+
+    ranking = text_scores(clip, digits.embeddings, "seven").argsort(descending=True)
+    assert precision_at(digits.labels[ranking] == 7, 0.9) >= 0.95
+    assert twin_f1(digits_data()[2], TWIN)[0] >= 0.9
 
 
 # --- choosing ------------------------------------------------------------------------------------------------------
@@ -238,7 +251,7 @@ def test_check_covers_what_it_blocks(clip, digits):
     before = pictures.clone()
     for black in (False, True):
         checked = check(clip, pictures, negation, [f"seven_{i}" for i in range(25)], threshold, black)
-        assert checked.blocked[:25].float().mean() > 0.8 and checked.blocked[25:].float().mean() < 0.05
+        assert checked.blocked[:25].float().mean() > 0.8 and checked.blocked[25:].float().mean() < 0.1
         assert torch.equal(checked.covered[~checked.blocked], pictures[~checked.blocked]) and torch.equal(pictures, before)
         covered = checked.covered[checked.blocked]
         assert not covered.any() if black else (
@@ -266,3 +279,57 @@ def test_blocked_pictures_are_filled_in_their_places():
     with pytest.raises(ValueError, match="3 pictures of .2, 2, 3. are blocked, but 2 of .2, 2, 3. came again; sample from the output"):
         first.filled(third)
 
+
+
+# --- semantic posterior --------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def semantic(clip, digits):
+    """Of sevens against ones and fours; latents are pictures (3, 32, 32), so that nothing has to be decoded."""
+    def rows(*wanted):
+        return digits.embeddings[torch.isin(digits.labels, torch.tensor(wanted))]
+
+    calls = []
+
+    def decode(denoised):
+        calls.append(1)
+        return denoised.movedim(1, -1)
+
+    return SimpleNamespace(calls=calls, make=lambda **options: SemanticPosterior(clip, decode, rows(7)[:25], rows(1, 4), **options))
+
+
+def latents_of(digits, digit, count=20):
+    return torch.stack([digits.set.readers[i]() for i in (digits.labels == digit).nonzero()[25:25 + count, 0]]).movedim(-1, 1)
+
+
+def test_the_semantic_posterior_knows_sevens(digits, semantic):
+    level = torch.ones(20)
+    assert (semantic.make()(latents_of(digits, 7), level) > 0).float().mean() > 0.9
+    assert (semantic.make()(latents_of(digits, 1), level) < 0).float().mean() > 0.9
+
+
+def test_it_looks_at_every_fourth_call_of_a_run_and_anew_in_the_next(digits, semantic):
+    meant, sevens, ones = semantic.make(every=4), latents_of(digits, 7), latents_of(digits, 1)
+    first = meant(sevens, torch.full((20,), 9.0))
+    assert all(torch.equal(meant(ones, torch.full((20,), 9.0 - i)), first) for i in range(1, 4)) and len(semantic.calls) == 1
+    later = meant(ones, torch.full((20,), 4.0))
+    assert len(semantic.calls) == 2 and later.mean() < first.mean()
+    meant(ones, torch.full((20,), 9.0))
+    assert len(semantic.calls) == 3, "the noise level rose: another run"
+    meant(ones[:3], torch.full((3,), 8.0))
+    assert len(semantic.calls) == 4, "another batch"
+
+
+def test_it_replaces_the_ratio_and_leaves_the_direction(digits, semantic):
+    sevens, ones = latents_of(digits, 7), latents_of(digits, 1)
+    settings = dict(bank=Bank(sevens), retain=Bank(ones), prior=0.4, evidence=0.0)
+    x, sigma = torch.randn(20, 3, 32, 32), torch.full((20,), 2.0)
+    meant = semantic.make()
+    plain, _ = SafeDenoiser(**settings).safe(x, ones, sigma)
+    moved, step = SafeDenoiser(**settings, semantic=meant).safe(x, ones, sigma)
+    expected = torch.sigmoid(math.log(0.4 / 0.6) + semantic.make()(ones, sigma))
+    torch.testing.assert_close(step.posterior, expected.clamp_max(0.95))
+    along = torch.nn.functional.cosine_similarity((moved - ones).flatten(1), (plain - ones).flatten(1))
+    assert along.min() > 0.999, "the direction is that of the banks"
+    with pytest.raises(ValueError, match="the semantic posterior needs a retain bank, towards which to steer; connect one"):
+        SafeDenoiser(Bank(sevens), semantic=meant)
