@@ -51,10 +51,14 @@ def workflow(seed, strength):
 
 @contextmanager
 def in_comfyui(comfyui):
-    """`draw(seed, strength)` -> pixels (BATCH, 3, 32, 32) in [0, 1], drawn by a real ComfyUI server."""
+    """`draw(seed, strength, **sampling)` -> pixels (BATCH, 3, 32, 32) in [0, 1], drawn by a real ComfyUI server; `sampling` changes
+    inputs of Safe KSampler.
+    """
     with tempfile.TemporaryDirectory() as base, Server(comfyui, base) as server:
-        def draw(seed, strength):
-            images = server.run(workflow(seed, strength))["outputs"]["save"]["images"]
+        def draw(seed, strength, **sampling):
+            graph = workflow(seed, strength)
+            graph["sample"]["inputs"] |= sampling
+            images = server.run(graph)["outputs"]["save"]["images"]
             pictures = [np.array(Image.open(io.BytesIO(server.view(image))).convert("RGB")) for image in images]
             return torch.from_numpy(np.stack(pictures)).movedim(-1, 1) / 255
 
