@@ -109,7 +109,7 @@ def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a rate, both ends in percent."""
     p = hits / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return tuple(100 * (middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return tuple(max(0.0, 100 * (middle + sign * half) / (1 + z * z / n)) for sign in (-1, 1))
 
 
 def mean(values) -> float:

@@ -117,8 +117,10 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         moved = {name: to_model(bank, guider.inner_model, noise, bank_size, notes) for name, bank in banks.items()}
         window = {"sigma_start": float(sampling.percent_to_sigma(start)), "sigma_end": float(sampling.percent_to_sigma(end))}
         meant = semantic and semantic(guider.inner_model.process_latent_out)
-        run.update(denoiser=SafeDenoiser(**moved, **settings, **window, semantic=meant), sampling=sampling, live=Live(), sigmas=sigmas,
-                   mask=denoise_mask)
+        denoiser = SafeDenoiser(**moved, **settings, **window, semantic=meant)
+        if denoiser.strength and denoiser.inside:
+            notes.append(f"compared by parts of the picture, in {len(denoiser.inside)} windows")
+        run.update(denoiser=denoiser, sampling=sampling, live=Live(), sigmas=sigmas, mask=denoise_mask)
         report.steps.clear()
         report.notes[:] = dict.fromkeys(notes)
         origin = banks["bank"].metadata.get("origin")  # of a compressed bank: the picture that each prototype stands for
@@ -215,10 +217,10 @@ class ApplySafeDenoiser(io.ComfyNode):
                                        "comparison. Only for method safe_denoiser."),
                 io.Float.Input("prior", default=0.0, min=0.0, max=0.999, step=0.001,
                                tooltip="Share of unsafe pictures among what the model makes by itself, as a probability. Higher steers "
-                                       "harder. 0: automatic, 0.25 to 0.4 by the banks connected."),
+                                       "harder. 0: automatic, 0.25 to 0.6 by the banks connected."),
                 io.Float.Input("evidence", default=-1.0, min=-1.0, max=20.0, step=0.1,
                                tooltip="How much the prediction itself counts in P(unsafe | x). 0: not at all (the theorem as printed). "
-                                       "-1: automatic, 3 with a bank to compare with, 1.5 without."),
+                                       "-1: automatic, 3 with a bank to compare with, 10 by parts, 1.5 without."),
                 io.Float.Input("bandwidth", default=0.0, min=0.0, max=100.0, step=0.01,
                                tooltip="Kernel width around each picture, in latent units. 0: automatic."),
                 io.Float.Input("temperature", default=0.0, min=0.0, max=100_000.0, step=0.1,
@@ -230,6 +232,10 @@ class ApplySafeDenoiser(io.ComfyNode):
                 SemanticType.Input("semantic", optional=True,
                                    tooltip="Experimental, from Semantic Posterior: P(unsafe | x) by what the prediction means. Needs "
                                            "retain_bank. Optional."),
+                io.Int.Input("parts", default=0, min=0, max=6, optional=True,
+                             tooltip="1: pictures are compared as a whole. 2 or more: by windows of 1/2 or less of each side, for what is "
+                                     "only a part of the picture; where it is in each picture of the bank is found by itself. Needs "
+                                     "reference_bank or retain_bank. 0: automatic, 2 where windows tell the banks apart better, else 1."),
             ],
             outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider."),
                      ReportType.Output(display_name="report", tooltip=OUTPUT_REPORT)],
@@ -237,12 +243,12 @@ class ApplySafeDenoiser(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, negation_bank, method, strength, start, end, bank_size, weight, prior, evidence, bandwidth, temperature,
-                radius, threshold, retain_bank=None, reference_bank=None, semantic=None) -> io.NodeOutput:
+                radius, threshold, retain_bank=None, reference_bank=None, semantic=None, parts=0) -> io.NodeOutput:
         return io.NodeOutput(*patch(
             model, dict(bank=negation_bank, retain=retain_bank, reference=reference_bank), start, end, bank_size, semantic, method=method,
             weight=weight, strength=strength, prior=prior or None, evidence=None if evidence < 0 else evidence,
             bandwidth=bandwidth or None,
-            temperature=temperature or None, radius=radius or None, threshold=threshold))
+            temperature=temperature or None, radius=radius or None, threshold=threshold, parts=parts or None))
 
 
 class SafeKSampler(io.ComfyNode):

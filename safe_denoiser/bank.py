@@ -102,6 +102,7 @@ class Bank:
         metadata: strings that travel with the file.
         weights: (N,) relative weight pi_n of each item, or None for equal weights.
         clusters: by which a large bank is searched, or None.
+        remembered: what calibration found out, see `recall`; one dict, shared by all banks that are made of this one.
 
     Raises:
         ValueError: no latent, a wrong shape, a value that is not finite, names or weights of another length.
@@ -112,6 +113,7 @@ class Bank:
     metadata: dict[str, str] = field(default_factory=dict)
     weights: torch.Tensor | None = None
     clusters: Clusters | None = None
+    remembered: dict[str, float | list] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         n = len(self.latents) if self.latents.ndim else 0
@@ -139,6 +141,19 @@ class Bank:
         weights = torch.ones(len(self), device=self.latents.device) if self.weights is None else self.weights
         return (weights.to(torch.promote_types(weights.dtype, torch.float32)) / weights.sum()).log()
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Shape and mean |y_n|^2, which differ between banks, and between the spaces and sizes that one bank is brought to."""
+        mean = self.log_weights.exp().to(self.squared_norms) @ self.squared_norms
+        return f"{'x'.join(map(str, self.latents.shape))} {float(mean):.5g}"
+
+    def recall(self, what: str, compute: Callable[[], float | list]) -> float | list:
+        """What `compute` returns for this bank, computed once for all banks with these latents; it is saved with the bank."""
+        key = f"{what}, {self.fingerprint}"
+        if key not in self.remembered:
+            self.remembered[key] = compute()
+        return self.remembered[key]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the latents, were they all in memory in single precision."""
@@ -163,6 +178,13 @@ class Bank:
             return self
         index = torch.arange(count, device=self.latents.device) * len(self) // count
         return Bank(self.latents[index], weights=None if self.weights is None else self.weights[index])
+
+    def crops(self, places: Sequence[tuple], chosen: Sequence[int]) -> "Bank":
+        """The same bank with one crop of each item, in memory: the one at places[chosen[n]]; all crops are of one size."""
+        count = max(1, BLOCK // self.latents.shape[1:].numel())
+        parts = [torch.stack([latent[places[k]] for latent, k in zip(self.latents[i:i + count], chosen[i:i + count])])
+                 for i in range(0, len(self), count)]
+        return replace(self, latents=torch.cat(parts), clusters=None)
 
     def normalised(self) -> "Bank":
         """The same bank with each location at unit norm over the channels, as the published code stores it."""
@@ -347,7 +369,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
 
 def save_bank(bank: Bank, path: str | Path) -> None:
     """Write a bank as safetensors: tensors `latents` (and `weights`, and `centres` with `labels`), string metadata `format`,
-    `version`, `names`, `metadata`.
+    `version`, `names`, `metadata`, `calibration` (what `Bank.recall` holds).
     """
     tensors = {"latents": bank.latents[:].cpu().contiguous()}
     if bank.weights is not None:
@@ -355,7 +377,8 @@ def save_bank(bank: Bank, path: str | Path) -> None:
     if bank.clusters is not None:
         tensors.update({name: value.cpu().contiguous() for name, value in vars(bank.clusters).items()})
     _write(Path(path), tensors, {"format": FORMAT, "version": str(VERSION),
-                                 "names": json.dumps(bank.names), "metadata": json.dumps(bank.metadata)})
+                                 "names": json.dumps(bank.names), "metadata": json.dumps(bank.metadata),
+                                 "calibration": json.dumps(bank.remembered)})
 
 
 def load_bank(path: str | Path, memory: float = math.inf) -> Bank:
@@ -384,7 +407,8 @@ def load_bank(path: str | Path, memory: float = math.inf) -> Bank:
             clusters = Clusters(file.get_tensor("centres"), file.get_tensor("labels")) if "labels" in file.keys() else None
             small = math.prod(file.get_slice("latents").get_shape()) * 4 <= memory
             latents = file.get_tensor("latents") if small else Stored(path)
-            return Bank(latents, tuple(json.loads(header["names"])), json.loads(header["metadata"]), weights, clusters)
+            return Bank(latents, tuple(json.loads(header["names"])), json.loads(header["metadata"]), weights, clusters,
+                        json.loads(header.get("calibration", "{}")))
     except SafetensorError as error:
         raise ValueError(f"{path.name!r} is not a readable safetensors file ({error}); it may be truncated: "
                          f"copy or build it again") from error

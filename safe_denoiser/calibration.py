@@ -27,6 +27,10 @@ class Calibration:
     reach: Tensor
     trace: Tensor
 
+    def tolist(self) -> list[list[float]]:
+        """The curves as numbers."""
+        return [curve.tolist() for curve in (self.grid, self.level, self.spread, self.reach, self.trace)]
+
     def at(self, sigma: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
         """level, spread, reach and trace at each row's noise level, (B,) each, interpolated in log sigma/alpha."""
         place = ((sigma / alpha.clamp_min(1e-6)).log() - self.grid[0]) / (self.grid[1] - self.grid[0])

@@ -16,11 +16,13 @@ from . import methods
 from .bank import Bank
 from .calibration import Calibration, calibrate, temperature_for
 from .kernel import Posterior, posterior, rows, squared_distances
+from .parts import Located, choose, windows
 
 METHODS = ("safe_denoiser", "spell", "official", "official_sd3", "sgf")
 WEIGHTS = ("auto", "evidence", "retain", "gate", "unconditional", "reference", "ratio_beta", "tracked", "triangle", "constant")
 PUSHES = ("guided", "unconditional")
 TUNED = {"evidence": (0.25, 3.0), "retain": (0.4, 3.0), "unconditional": (0.3, 1.5)}  # prior and evidence, see benchmarks/RESULTS.md
+TUNED_PARTS = {"evidence": (0.6, 10.0), "retain": (0.3, 10.0)}  # the same inside a window
 PLAIN = (0.25, 0.0)  # the others are there for comparison, as published: no evidence
 RELEASE = 0.7, 0.9  # share of the way to E_u that a prompt pulls: where its guidance begins to be let go, and where all of it is
 SAMPLE = 1024  # items of a larger bank on which it is calibrated: their Gram matrix is held in memory
@@ -98,6 +100,9 @@ class SafeDenoiser:
     whose own pull towards E_u shows that it asks for the unsafe thing lets go of its guidance (see RELEASE), so that another natural
     picture comes out instead of a bent one.
 
+    Where the unwanted thing is a part of the picture, `parts` compares windows: with the crops of the bank that show the thing, see
+    `parts.locate`, and with the other bank's at the same place. Where windows overlap, their corrections are averaged, each weighing r.
+
     Args:
         bank: what must not come out; latents (N, C, *spatial), in the space of `x`.
         method: "safe_denoiser", or a neighbour: "spell", "sgf", "official", "official_sd3" (these two normalise the bank themselves).
@@ -118,6 +123,9 @@ class SafeDenoiser:
         push: from where the beta forms push: the "guided" prediction, or the "unconditional" one (arXiv:2502.08011, Eq. 8).
         semantic: log p_u - log p_retain of a prediction (B, C, *spatial) at sigma / alpha (B,), used with a retain bank instead of the
             ratio of the banks' densities, see `meaning.SemanticPosterior`; not inside a mask.
+        parts: windows of 1 / parts of each side instead of whole pictures; 1 is the whole. None is 2 where that tells the bank from the
+            reference or retain bank clearly better than whole pictures do, else 1. Windows ignore a mask: what lies outside is given,
+            and is put back after each step.
         root: square root of the mask (D,) inside which alone the banks count; set by `masked`.
 
     Raises:
@@ -142,6 +150,7 @@ class SafeDenoiser:
     threshold: float = 1e-9
     push: str = "guided"
     semantic: Callable[[Tensor, Tensor], Tensor] | None = None
+    parts: int | None = None
     root: Tensor | None = None
     _memory: dict = field(default_factory=dict, init=False, repr=False)  # the latest mask; the previous call, where a run is followed
 
@@ -159,8 +168,44 @@ class SafeDenoiser:
             raise ValueError("weight 'ratio_beta' needs a reference bank or a retain bank; connect one or choose weight 'auto'")
         if self.semantic is not None and self.retain is None:
             raise ValueError("the semantic posterior needs a retain bank, towards which to steer; connect one")
+        if (self.parts or 1) > 1 and not self._compares:
+            raise ValueError(f"parts is {self.parts}, and only safe_denoiser with a reference or retain bank can tell which part of a "
+                             f"picture is meant; connect one, or set parts to 1")
         if not 0 < (self.prior or 0.5) < 1 or not 0 < self.posterior_max < 1:
             raise ValueError(f"prior is {self.prior} and posterior_max is {self.posterior_max}; both lie between 0 and 1")
+
+    @property
+    def _compares(self) -> bool:
+        """Whether there is another bank, with which windows can be compared."""
+        return (self.method == "safe_denoiser" and self.weight in ("auto", "evidence", "retain", "reference")
+                and not (self.reference is None and self.retain is None) and self.semantic is None and self.root is None
+                and self.bank.latents.ndim > 2)
+
+    @cached_property
+    def located(self) -> tuple[int, Located | None]:
+        """How many parts a side, and where in each picture of the bank the unwanted thing is."""
+        if not self._compares:
+            return 1, None
+        other = self.reference or self.retain
+        parts, *found = self.bank.recall(f"parts {self.parts} beside {other.fingerprint}",
+                                         lambda: choose(self.bank, other, self.parts))
+        return parts, Located(*found) if found else None
+
+    @cached_property
+    def inside(self) -> list[tuple[tuple, "SafeDenoiser"]]:
+        """Each window, and the safe denoiser that compares crops there; none where pictures are compared as a whole."""
+        parts, found = self.located
+        if not found:
+            return []
+        places = windows(self.bank.latents.shape[1:], parts)
+        tuned = TUNED_PARTS["evidence" if self.reference and self.weight != "retain" else "retain"]
+        prior, evidence = (own if value is None else value for value, own in zip((self.prior, self.evidence), tuned))
+        shown = self.bank.crops(places, found.window)
+        calibrated = replace(self, bank=shown, retain=None, reference=None, weight="auto", semantic=None, parts=1)
+        width = dict(bandwidth=calibrated.kernel_bandwidth, temperature=calibrated.kernel_temperature)
+        return [(place, replace(self, bank=shown, retain=self.retain and self.retain.map(lambda y, place=place: y[place]),
+                                reference=self.reference and self.reference.map(lambda y, place=place: y[place]),
+                                prior=prior, evidence=evidence, semantic=None, parts=1, **width)) for place in places]
 
     @cached_property
     def latents(self) -> Tensor:
@@ -178,8 +223,12 @@ class SafeDenoiser:
         """Median distance of a bank item to its nearest neighbour; of the only item to 0."""
         if len(self.latents) == 1:
             return float(self.latents.norm())
-        distances = squared_distances(self.latents, self.latents, rows(1.0, self.latents))
-        return float(distances.fill_diagonal_(math.inf).amin(1).sqrt().median())
+
+        def median():
+            distances = squared_distances(self.latents, self.latents, rows(1.0, self.latents))
+            return float(distances.fill_diagonal_(math.inf).amin(1).sqrt().median())
+
+        return self.bank.recall(f"neighbour distance {self.method}", median)
 
     @cached_property
     def kernel_bandwidth(self) -> float:
@@ -195,11 +244,15 @@ class SafeDenoiser:
         """T: as given, else where a fixed share of the bank weighs in."""
         if self.temperature is not None:
             return self.temperature
-        return max(1.0, temperature_for(self.sample, self.kernel_bandwidth, max(1.0, PERPLEXITY * (len(self.sample) - 1)), self.root))
+        perplexity, h = max(1.0, PERPLEXITY * (len(self.sample) - 1)), self.kernel_bandwidth
+        found = self.bank.recall(f"temperature at h {h:.5g}", lambda: temperature_for(self.sample, h, perplexity, self.root))
+        return max(1.0, found)
 
     @cached_property
     def calibration(self) -> Calibration:
-        return calibrate(self.sample, self.kernel_bandwidth, self.kernel_temperature, self.root)
+        h, t = self.kernel_bandwidth, self.kernel_temperature
+        curves = self.bank.recall(f"curves at h {h:.5g}, T {t:.5g}", lambda: calibrate(self.sample, h, t, self.root).tolist())
+        return Calibration(*torch.tensor(curves, device=self.sample.latents.device))
 
     def density(self, bank: Bank, p: Prediction) -> Posterior:
         """Posterior of one bank at x, with the bandwidth and temperature that all banks share."""
@@ -210,6 +263,8 @@ class SafeDenoiser:
         """The correction of one prediction at strength 1."""
         if self.method != "safe_denoiser":
             return self._neighbour(p)
+        if self.inside:
+            return self._by_parts(p)
         unsafe, weight = self.density(self.bank, p), self.weight
         if weight == "auto":
             weight = ("evidence" if self.reference else "retain" if self.retain else
@@ -220,6 +275,23 @@ class SafeDenoiser:
         if weight in ("tracked", "triangle", "gate", "constant"):
             return self._by_beta(p, unsafe, self._beta(weight, p, unsafe))
         return self._by_posterior(weight, p, unsafe)
+
+    def _by_parts(self, p: Prediction) -> Correction:
+        """The correction of each window by itself; where windows overlap, the mean of theirs, weighed by r."""
+        item = self.bank.latents.shape[1:]
+        whole = [y if y is None else y.unflatten(1, item) for y in (p.x, p.denoised, p.unconditional, p.conditional)]
+        found, total, weight = [], torch.zeros_like(whole[0]), torch.full_like(whole[0], 1e-12)
+        for place, inside in self.inside:
+            x, denoised, *guides = (y if y is None else y[place].flatten(1) for y in whole)
+            part = inside.correct(Prediction(x, denoised, p.sigma, p.alpha, *guides))
+            r = part.posterior.view(-1, *[1] * len(item))
+            total[place] += r * part.direction.view_as(total[place])
+            weight[place] += r
+            found.append(torch.stack([part.posterior, part.nearest, part.clamped, part.omitted]))
+        found = torch.stack(found)  # (P, 4, B)
+        r, best = found[:, 0].max(0)
+        _, nearest, clamped, omitted = found.gather(0, best.expand(1, 4, -1))[0]
+        return Correction((total / weight).flatten(1), r, nearest.long(), clamped.bool(), omitted)
 
     def _tuned(self, weight: str) -> tuple[float, float]:
         """prior and evidence: as given, else the weight's own."""
@@ -352,7 +424,7 @@ class SafeDenoiser:
         bank = self.bank.normalised() if self.method.startswith("official") else self.bank
         return replace(self, bank=bank.masked(root), retain=self.retain and self.retain.masked(root),
                        reference=self.reference and self.reference.masked(root), bandwidth=self.kernel_bandwidth, semantic=None,
-                       root=root)
+                       parts=1, root=root)
 
     def correct_inside(self, mask: Tensor, p: Prediction) -> Correction:
         """`correct`, each row with distances inside its own mask (B, D) and no correction where the mask is 0.
@@ -405,7 +477,7 @@ class SafeDenoiser:
         sigma, alpha = (rows(value, flat)[:, 0].expand(len(x)).repeat_interleave(len(flat) // len(x)) for value in (sigma, alpha))
         inside = (sigma > self.sigma_end) & (sigma <= self.sigma_start)
         prediction = Prediction(flat, predicted, sigma, alpha, empty, asked)
-        if mask is None:
+        if mask is None or self.inside:
             correction = self.correct(prediction)
         else:
             correction = self.correct_inside(self._frames(mask.expand_as(x))[0].flatten(1).to(dtype), prediction)

@@ -77,6 +77,25 @@ def test_every_choice_of_banks_runs(tiny, sample, banks):
     assert torch.isfinite(latent).all() and report.summary["corrected_calls"] == 6
 
 
+def test_parts_are_compared_where_asked_and_the_report_says_so(run, tiny, sample):
+    def applied(**settings):
+        model, report = run("Apply", model=tiny.model, negation_bank=tiny.bank, reference_bank=tiny.reference, **settings).result
+        return sample.stock(model=model), report
+
+    (parts, told), (whole, silent), (default, _) = applied(parts=2), applied(parts=1), applied()
+    assert list(told.notes) == ["compared by parts of the picture, in 9 windows"] and not silent.notes
+    assert told.summary["corrected_calls"] == 6 and not torch.equal(parts, whole)
+    assert torch.equal(default, whole), "a whole digit is what this bank negates"
+
+
+def test_what_calibration_finds_is_kept_for_the_next_run(tiny, sample, monkeypatch):
+    import sys
+
+    sample.safe()
+    monkeypatch.setattr(sys.modules["pack.safe_denoiser.denoiser"], "temperature_for", lambda *args: pytest.fail("calibrated again"))
+    sample.safe()
+
+
 def test_window_follows_the_schedule(sample):
     """Flow models with shift 3: 20 steps of the simple schedule, the window 0.25 to 0.5 holds the steps with t in (0.5, 0.75]."""
     _, report = sample.safe(steps=20, settings=dict(start=0.25, end=0.5))
