@@ -157,9 +157,9 @@ def negation_embeddings(negated: int) -> dict[str, torch.Tensor]:
 
 @cache
 def retain_embeddings(name: str, negated: int) -> torch.Tensor:
-    """What the model makes of harmless prompts: 150 pictures of the digits to keep, asked for by their names; no judge chooses them."""
+    """What the model makes of harmless prompts: 600 pictures of the digits to keep, asked for by their names; no judge chooses them."""
     keep = allowed(name, negated)
-    return torch.cat([embed(sampled(str(digit), 500, 150 // len(keep))) for digit in keep])
+    return torch.cat([embed(sampled(str(digit), 500, 600 // len(keep))) for digit in keep])
 
 
 def checking(scale: Scale):

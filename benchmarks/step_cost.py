@@ -5,7 +5,7 @@ Times are medians of interleaved calls, and what counts are the ratios within a 
     kernel    the posterior of a bank of N items at one x (B = 1) or four (B = 4), against one pass over the bank (one `torch.mv`; for
               B = 4 the two matmuls alone, distances and weighted mean) and against the published rule as published. "one": one item
               holds the weight; "all": every item counts. Memory: what is allocated at the peak, in percent of the bank.
-    step      one correction with a negation bank and 100 reference samples; and what collecting the report takes of it.
+    step      one correction with a negation bank and 100 reference samples, and by windows; and what collecting the report takes of it.
     sampler   the sampler's step on the tiny model, and on SD 1.5 at full size with random weights at 512 x 512 (needs a ComfyUI, named by
               the environment variable SAFE_DENOISER_COMFYUI), and the part of it that the patch takes.
     disk      100,000 latents of 4 x 64 x 64 in half precision in a file (3.3 GB): time and resident memory of a step, and of one that
@@ -136,22 +136,27 @@ def kernel_table(counts: list[int], shapes: list[tuple[int, ...]], seconds: floa
 
 
 def correction_row(n: int, shape: tuple[int, ...], seconds: float) -> dict[str, float]:
-    """Times in ms of one correction against N items and 100 reference samples, of one pass over both, and of collecting the report."""
+    """Times in ms of one correction against N items and 100 reference samples, whole and by nine windows, of one pass over both banks,
+    and of collecting the report.
+    """
     bank, reference = Bank(draw(n, shape)), Bank(draw(100, shape))
     x, denoised, sigma, steps = draw(1, shape, 2.0), draw(2, shape)[:1], torch.tensor([1.5]), []
-    safe, always = SafeDenoiser(bank, reference=reference), torch.ones(1, dtype=torch.bool)
+    safe, parts = (SafeDenoiser(bank, reference=reference, parts=parts) for parts in (1, 2))
+    always = torch.ones(1, dtype=torch.bool)
     prediction = Prediction(x.flatten(1), denoised.flatten(1), sigma, torch.ones(1), None)
     correction, flats = safe.correct(prediction), [one.latents.flatten(1) for one in (bank, reference)]
     return medians({"pass": lambda: [torch.mv(flat, x.flatten()) for flat in flats],
-                    "step": lambda: safe.safe(x, denoised, sigma),
+                    "step": lambda: safe.safe(x, denoised, sigma), "parts": lambda: parts.safe(x, denoised, sigma),
                     "report": lambda: steps.append(safe.step(prediction.denoised, correction, sigma, always, ~always))}, seconds)
 
 
 def correction_table(counts: list[int], shape: tuple[int, ...], seconds: float = 4.0) -> None:
-    print("\n| N + reference | one pass over both, ms | a correction, ms | / pass | of it for the report, ms |\n|---|---|---|---|---|")
+    print("\n| N + reference | one pass over both, ms | a correction, ms | / pass | of it for the report, ms "
+          "| by 9 windows, ms |\n|---|---|---|---|---|---|")
     for n in counts:
         r = correction_row(n, shape, seconds)
-        print(f"| {n:,} + 100 | {r['pass']:.2f} | {r['step']:.2f} | {r['step'] / r['pass']:.2f} | {r['report']:.3f} |", flush=True)
+        print(f"| {n:,} + 100 | {r['pass']:.2f} | {r['step']:.2f} | {r['step'] / r['pass']:.2f} | {r['report']:.3f} | "
+              f"{r['parts']:.2f} |", flush=True)
 
 
 class Timer:

@@ -74,6 +74,27 @@ def _width(crops: Tensor) -> float:
     return math.exp(high)
 
 
+class _Scores:
+    """s_nw of crops (B, P, d): how much rather a crop is of the bank's unwanted thing than of the other bank, at the same place."""
+
+    def __init__(self, crops: Tensor, known: Tensor):
+        self.known, self.flat, self.count = known, crops.flatten(0, 1), crops.shape[1]  # (M, P, d), (N P, d), P
+        self.width = _width(Bank(self.flat).sample(4 * SAMPLE).latents)
+
+    def log_other(self, crops: Tensor, own: Tensor | None = None) -> Tensor:
+        """log p_other,w, (B, P); `own` (B, M) marks what does not vouch for itself."""
+        each = [_kernel(crops[:, place], self.known[:, place], self.width, own) for place in range(self.count)]
+        others = max(1, len(self.known) - (own is not None))
+        return torch.stack([kernel.sum(1).log() + top[:, 0] for kernel, top in each], 1) - math.log(others)
+
+    def log_unsafe(self, kernel: tuple[Tensor, Tensor], a: Tensor) -> Tensor:
+        """log p_u, (B, P), of the crops whose kernel with the bank's crops this is; these weigh a (N, P)."""
+        return ((kernel[0] @ a.flatten()).clamp_min(1e-30).log() + kernel[1][:, 0] - a.sum().log()).view(-1, self.count)
+
+    def of(self, crops: Tensor, a: Tensor, own: Tensor | None = None) -> Tensor:
+        return self.log_unsafe(_kernel(crops.flatten(0, 1), self.flat, self.width), a) - self.log_other(crops, own)
+
+
 def locate(bank: Bank, other: Bank, parts: int) -> Located:
     """Find, in each picture of the bank, the window that shows what the other bank's pictures do not: nobody has to draw it.
 
@@ -87,47 +108,34 @@ def locate(bank: Bank, other: Bank, parts: int) -> Located:
         bank, other: latents (N, C, *spatial) and (M, C, *spatial).
         parts: windows of 1 / parts of each side, see `windows`.
     """
-    places = windows(bank.latents.shape[1:], parts)
-    some, beside = bank.sample(SAMPLE), other.sample(SAMPLE)
-    crops, known = _coarse(some.latents, places), _coarse(beside.latents, places)
-    (n, count), m = crops.shape[:2], len(known)
-    flat = crops.flatten(0, 1)
-    width = _width(Bank(flat).sample(4 * SAMPLE).latents)
-
-    def log_other(own: Tensor, one_out: bool = False) -> Tensor:
-        """log p_other,w of crops (B, P, d), (B, P), each at its own place."""
-        each = [_kernel(own[:, p], known[:, p], width, torch.eye(m, dtype=torch.bool, device=own.device) if one_out else None)
-                for p in range(count)]
-        return torch.stack([k.sum(1).log() + top[:, 0] - math.log(max(1, m - one_out)) for k, top in each], 1)
-
-    def log_unsafe(kernel: tuple[Tensor, Tensor], a: Tensor) -> Tensor:
-        return ((kernel[0] @ a.flatten()).clamp_min(1e-30).log() + kernel[1][:, 0] - a.sum().log()).view(-1, count)
-
-    picture = torch.arange(n, device=flat.device).repeat_interleave(count)
-    among = _kernel(flat, flat, width, picture[:, None] == picture if n > 1 else None)
-    weight, beyond = some.log_weights.exp()[:, None].to(flat), log_other(crops)
-    a = weight.expand(n, count) / count
+    places, some = windows(bank.latents.shape[1:], parts), bank.sample(SAMPLE)
+    crops, known = (_coarse(one.latents, places) for one in (some, other.sample(SAMPLE)))
+    score, n, m = _Scores(crops, known), len(crops), len(known)
+    picture = torch.arange(n, device=crops.device).repeat_interleave(score.count)
+    among = _kernel(score.flat, score.flat, score.width, picture[:, None] == picture if n > 1 else None)
+    weight, beyond = some.log_weights.exp()[:, None].to(crops), score.log_other(crops)
+    a = weight.expand(n, score.count) / score.count
     for _ in range(ROUNDS):
-        scores = log_unsafe(among, a) - beyond
+        scores = score.log_unsafe(among, a) - beyond
         a = weight * (SURE * scores).softmax(1)
-    found = scores.argmax(1)
+    found, separation = scores.argmax(1), 0.5
     if len(bank) > n:
-        parts_of = [_coarse(bank.latents[i:i + SAMPLE], places) for i in range(0, len(bank), SAMPLE)]
-        found = torch.cat([(log_unsafe(_kernel(part.flatten(0, 1), flat, width), a) - log_other(part)).argmax(1) for part in parts_of])
-    separation = 0.5
+        found = torch.cat([score.of(_coarse(bank.latents[i:i + SAMPLE], places), a).argmax(1) for i in range(0, len(bank), SAMPLE)])
     if min(n, m) >= ENOUGH:
-        usual = log_unsafe(_kernel(known.flatten(0, 1), flat, width), a) - log_other(known, one_out=True)
-        highest, usual = scores.amax(1)[:, None], usual.amax(1)
+        usual = score.of(known, a, torch.eye(m, dtype=torch.bool, device=known.device)).amax(1)
+        highest = scores.amax(1)[:, None]
         separation = float((highest > usual).float().mean() + 0.5 * (highest == usual).float().mean())
     return Located(found.tolist(), separation)
 
 
 def choose(bank: Bank, other: Bank, parts: int | None) -> list:
-    """How many parts a side, and what `Located` holds where there are several: [parts] or [parts, window, separation].
+    """How many parts a side, and what `Located` holds where there are several: [1] or [parts, window, separation].
 
     As given; where `parts` is None, two if windows separate the banks by MARGIN more than whole pictures do, else one.
     """
+    if parts == 1:
+        return [1]
     found = locate(bank, other, parts or 2)
     if parts is None and found.separation <= max(locate(bank, other, 1).separation + MARGIN, TELLING):
         return [1]
-    return [parts or 2, found.window, found.separation] if parts != 1 else [1]
+    return [parts or 2, found.window, found.separation]
