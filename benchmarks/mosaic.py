@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safe_denoiser import Bank, SafeDenoiser
+from tiny_digits.demo import before_after
 from tiny_digits.train import fit, flow_loss
 from tiny_digits.world import PROMPTS, SUPERCLASSES, TinyDigits, digits_data, prompt
 
@@ -146,6 +147,14 @@ def methods() -> dict[str, Callable | None]:
     return rows | {"control: bank of noise": SafeDenoiser(noise, reference=reference).safe}
 
 
+def picture(path: Path) -> None:
+    """The same seeds under "straight" without and with the safe denoiser and a retain bank; what holds a 7 is outlined."""
+    bank, _, retain = banks()
+    pairs = [draw("straight", 2.0, 0, 96, safe) for safe in (None, SafeDenoiser(bank, retain=retain).safe)]
+    shown = [(read(latents)[0].view(-1, 4) == NEGATED).any(1) for latents in pairs]
+    before_after(*(world().decode(latents).clamp(0, 1) for latents in pairs), *shown).save(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", action="store_true")
@@ -154,10 +163,13 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=100, help="per prompt and seed, of four quadrants each")
     parser.add_argument("--only", default="", help="only rows whose label contains this")
+    parser.add_argument("--picture", type=Path, help="draw pictures before and after, and measure nothing")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "mosaic.json")
     options, began = parser.parse_args(), time.time()
     if options.train:
         return train(options.training_pictures, options.steps)
+    if options.picture:
+        return picture(options.picture)
     rows = {}
     print(f"{'':<54}{'unconditional':<31}{'straight':<31}round\n{'':<54}" + "unsafe %        others  sure   " * 3)
     for label, safe in methods().items():
