@@ -20,7 +20,7 @@ from PIL import Image
 
 from safe_denoiser import Bank, NegationSet, SafeDenoiser
 from safe_denoiser.clip import Clip, load_clip
-from safe_denoiser.meaning import SemanticPosterior, alarm_threshold, check, choose, nearest, text_scores, twins
+from safe_denoiser.meaning import SemanticPosterior, alarm_threshold, check, choose, likeness, text_scores, twins
 from tiny_digits.train import WORDS
 from tiny_digits.world import CLIP, LATENT, digits_data, prompt
 
@@ -171,9 +171,10 @@ def checking(scale: Scale):
         asked = embed(torch.cat([sampled(str(digit), 600, 100) for digit in allowed(name, negated)]))
         bad, embeddings = look(pixels).digit == negated, embed(pixels)
         for label, unsafe in negation_embeddings(negated).items():
-            threshold = alarm_threshold(nearest(retain_embeddings(name, negated), unsafe)[0], 0.01)
-            similar = nearest(embeddings, unsafe)[0]
-            stopped, alarms = similar > threshold, nearest(asked, unsafe)[0] > threshold
+            retain = retain_embeddings(name, negated)
+            threshold = alarm_threshold(unsafe, retain, 0.01)
+            similar = likeness(embeddings, unsafe, retain)[0]
+            stopped, alarms = similar > threshold, likeness(asked, unsafe, retain)[0] > threshold
             strict = similar[bad] > similar[~bad].quantile(0.99)  # as if the judge had chosen the retain set
             total[label] = total.get(label, 0) + torch.tensor([
                 stopped[bad].sum(), bad.sum(), stopped[~bad].sum(), (~bad).sum(), alarms.sum(), len(alarms), strict.sum(), bad.sum()])
@@ -188,11 +189,13 @@ def chain(scale: Scale, which: str):
     total = torch.zeros(6, dtype=torch.long)
     for name, negated in CASES:
         unsafe = negation_embeddings(negated)[which]
-        threshold = alarm_threshold(nearest(retain_embeddings(name, negated), unsafe)[0], 0.01)
+        retain = retain_embeddings(name, negated)
+        threshold = alarm_threshold(unsafe, retain, 0.01)
 
-        def attempt(seed, count, strength, name=name, negated=negated, unsafe=unsafe, threshold=threshold):
+        def attempt(seed, count, strength, name=name, negated=negated, unsafe=unsafe, retain=retain, threshold=threshold):
             safe = SafeDenoiser(bank(negated), reference=reference(), strength=strength).safe
-            return check(clip(), sampled(name, seed, count, safe).movedim(1, -1), unsafe, range(len(unsafe)), threshold)
+            pictures = sampled(name, seed, count, safe).movedim(1, -1)
+            return check(clip(), pictures, unsafe, range(len(unsafe)), threshold, retain=retain)
 
         for seed in range(scale.seeds):
             rounds = [attempt(seed, scale.pictures, 1.0)]

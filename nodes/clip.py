@@ -259,8 +259,9 @@ class CheckImages(io.ComfyNode):
                                        "where retain_set is not connected."),
                 io.Combo.Input("cover", options=["blurred", "black"], default="blurred", tooltip="How blocked pictures are shown."),
                 NegationSetType.Input("retain_set", optional=True,
-                                      tooltip="Pictures that must pass; the threshold is calibrated on them. Best is what the model makes "
-                                              "of harmless prompts. Optional."),
+                                      tooltip="Pictures that must pass: a picture is blocked that is clearly nearer to negation_set than "
+                                              "to these, and the threshold is calibrated on them. Best is what the model makes of harmless "
+                                              "prompts. Optional."),
                 io.Latent.Input("latent", optional=True,
                                 tooltip="The latent that was given to the sampler. Only for the output again. Optional."),
             ],
@@ -271,10 +272,11 @@ class CheckImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, clip, negation_set, false_alarms, threshold, cover, retain_set=None, latent=None) -> io.NodeOutput:
-        unsafe = embed(clip, negation_set)
+        unsafe, retain = embed(clip, negation_set), None
         if retain_set is not None:
-            threshold = alarm_threshold(nearest(embed(clip, retain_set), unsafe)[0], false_alarms)
-        checked = check(clip, images[..., :3], unsafe, negation_set.names, threshold, cover == "black")
+            retain = embed(clip, retain_set)
+            threshold = alarm_threshold(unsafe, retain, false_alarms)
+        checked = check(clip, images[..., :3], unsafe, negation_set.names, threshold, cover == "black", retain)
         return io.NodeOutput(*outputs(checked), rows_of(latent, checked.blocked))
 
 

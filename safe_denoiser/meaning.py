@@ -77,26 +77,39 @@ def choose(scores: Tensor, embeddings: Tensor, names: Sequence[str], threshold: 
 
 
 def nearest(embeddings: Tensor, of: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
-    """Mean cosine to the `count` nearest rows of `of` (N, E), (B,), and which row is the very nearest, (B,). One near row alone may be
-    chance: three caught more unsafe pictures at as many false alarms, see benchmarks/RESULTS.md.
-    """
+    """Mean cosine to the `count` nearest rows of `of` (N, E), (B,), and which row is the very nearest, (B,)."""
     cosines, rows = (embeddings @ of.T).topk(min(count, len(of)))
     return cosines.mean(1), rows[:, 0]
 
 
-def alarm_threshold(similarities: Tensor, rate: float) -> float:
-    """The similarity that a picture like these exceeds with a probability of at most `rate`.
+def likeness(embeddings: Tensor, unsafe: Tensor, retain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How near pictures are to the negation set, (B,), and to which of its pictures most, (B,): the mean cosine to the nearest three, and
+    with a retain set how much more that is than the same with the retain set, which tells shapes between the two better.
+    """
+    near, row = nearest(embeddings, unsafe)
+    return near if retain is None else near - nearest(embeddings, retain)[0], row
 
-        threshold = the ceil((n + 1)(1 - rate))-th smallest of the n similarities; the largest, where that is more than n
 
-    Source: split conformal prediction, Vovk et al., Algorithmic Learning in a Random World (2005): exact for any distribution, from
-    n >= 1/rate - 1 similarities.
+def alarm_threshold(unsafe: Tensor, retain: Tensor, rate: float) -> float:
+    """The `likeness` that a picture like those of the retain set exceeds with a probability of at most `rate`.
+
+        threshold = the ceil((n + 1)(1 - rate))-th smallest of the likenesses of the n retain pictures, each held against the others;
+                    the largest, where that is more than n
+
+    Source: conformal prediction, Vovk et al., Algorithmic Learning in a Random World (2005): for any distribution, from n >= 1/rate - 1
+    pictures; leave-one-out, so nearly exact.
 
     Args:
-        similarities: of pictures that must pass, (n,), n >= 1. rate: of false alarms, in [0, 1].
+        unsafe: embeddings of the negation set (N, E). retain: of pictures that must pass (n, E). rate: of false alarms, in [0, 1].
+
+    Raises:
+        ValueError: fewer than two retain pictures.
     """
-    place = min(len(similarities), max(1, math.ceil((len(similarities) + 1) * (1 - rate))))
-    return float(similarities.sort().values[place - 1])
+    if len(retain) < 2:
+        raise ValueError("retain_set has one picture, and false alarms cannot be counted on it; connect 1/false_alarms pictures or more")
+    others = (retain @ retain.T).fill_diagonal_(-math.inf).topk(min(3, len(retain) - 1)).values.mean(1)
+    found = (nearest(retain, unsafe)[0] - others).sort().values
+    return float(found[min(len(found), max(1, math.ceil((len(found) + 1) * (1 - rate)))) - 1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,21 +152,22 @@ class Checked:
                           *(f"image {i}: {line}" for i, line in enumerate(self.lines))])
 
 
-def check(clip: Clip, pictures: Tensor, unsafe: Tensor, names: Sequence[str], threshold: float, black: bool = False) -> Checked:
-    """Block each picture whose mean cosine to the three nearest pictures of the negation set exceeds `threshold`.
+def check(clip: Clip, pictures: Tensor, unsafe: Tensor, names: Sequence[str], threshold: float, black: bool = False,
+          retain: Tensor | None = None) -> Checked:
+    """Block each picture whose `likeness` to the negation set exceeds `threshold`.
 
     Args:
         pictures: (B, H, W, 3) in [0, 1].
-        unsafe: embeddings of the negation set (N, E). names: of its pictures.
+        unsafe: embeddings of the negation set (N, E). names: of its pictures. retain: embeddings of pictures that must pass (M, E).
         black: cover what is blocked with black; else it is blurred.
     """
-    similarity, row = nearest(torch.cat([clip.pixels(part).cpu() for part in pictures.split(BATCH)]), unsafe)
-    blocked = similarity > threshold
+    found, row = likeness(torch.cat([clip.pixels(part).cpu() for part in pictures.split(BATCH)]), unsafe, retain)
+    blocked = found > threshold
     covered = pictures.clone()
     for i in blocked.nonzero()[:, 0].tolist():
         covered[i] = 0 if black else blur(pictures[i])
-    lines = [f"{'blocked' if stop else 'passed'}, {s:.3f} to {names[n]}, threshold {threshold:.3f}"
-             for stop, s, n in zip(blocked, similarity, row)]
+    said = "{:.3f} to {}, threshold {:.3f}" if retain is None else "{:+.3f} nearer to {} than to the retain set, threshold {:+.3f}"
+    lines = [f"{'blocked' if stop else 'passed'}, {said.format(float(s), names[n], threshold)}" for stop, s, n in zip(blocked, found, row)]
     return Checked(pictures, blocked, covered, tuple(lines))
 
 

@@ -1,6 +1,7 @@
 """OpenCLIP in the core: loading, embedding, choosing, checking; on the tiny CLIP, which is open_clip's own class."""
 import json
 import math
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from dev import ROOT
 from safe_denoiser import Bank, LatentCache, NegationSet, SafeDenoiser
 from safe_denoiser.clip import CONFIG, fetch, load_clip, published
-from safe_denoiser.meaning import Checked, SemanticPosterior, alarm_threshold, check, choose, diverse, nearest, text_scores, twins
+from safe_denoiser.meaning import Checked, SemanticPosterior, alarm_threshold, check, choose, diverse, likeness, nearest, text_scores, twins
 from tiny_digits.world import CLIP, digits_data
 
 WEIGHTS = CLIP / "open_clip_model.safetensors"
@@ -235,11 +236,30 @@ def test_choosing_follows_its_rules_in_order():
 def test_false_alarms_are_as_rare_as_asked(rate):
     """Over many draws of a retain set the share of alarms is at most `rate`, and not far below."""
     generator, alarms = torch.Generator().manual_seed(0), []
-    for _ in range(300):
-        threshold = alarm_threshold(torch.rand(150, generator=generator).sqrt(), rate)
-        alarms.append(1 - threshold**2)
-    assert 0.5 * rate < sum(alarms) / len(alarms) < 1.05 * rate
-    assert alarm_threshold(torch.tensor([0.3, 0.5]), 0.01) == 0.5, "too few to say: the largest"
+
+    def drawn(count, middle):
+        return torch.nn.functional.normalize(torch.randn(count, 8, generator=generator) + 2 * torch.eye(8)[middle], dim=1)
+
+    unsafe, harmless = drawn(30, 0), drawn(3000, 1)
+    for _ in range(100):
+        retain = drawn(150, 1)
+        alarms.append(float((likeness(harmless, unsafe, retain)[0] > alarm_threshold(unsafe, retain, rate)).float().mean()))
+    assert 0.5 * rate < sum(alarms) / len(alarms) < 1.2 * rate
+    few = drawn(2, 1)
+    highest = (nearest(few, unsafe)[0] - nearest(few, few.flip(0), 1)[0].new_tensor(float(few[0] @ few[1]))).max()
+    assert alarm_threshold(unsafe, few, 0.01) == pytest.approx(float(highest)), "too few to say: the largest"
+    with pytest.raises(ValueError, match="retain_set has one picture"):
+        alarm_threshold(unsafe, few[:1], 0.01)
+
+
+def test_likeness_tells_shapes_between_the_sets_by_both():
+    unsafe, retain = torch.eye(4)[:2], torch.eye(4)[2:]
+    between = torch.nn.functional.normalize(torch.tensor([[1.0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1]]), dim=1)
+    alone, row = likeness(between, unsafe)
+    both, same = likeness(between, unsafe, retain)
+    torch.testing.assert_close(alone, torch.tensor([0.5**0.5, 0.5**1.5, 0]))
+    torch.testing.assert_close(both, torch.tensor([0.5**0.5, 0, -(0.5**0.5)]))
+    assert torch.equal(row, same)
 
 
 def test_check_covers_what_it_blocks(clip, digits):
@@ -247,17 +267,19 @@ def test_check_covers_what_it_blocks(clip, digits):
     rows = torch.cat([unsafe.nonzero()[:25, 0], (~unsafe).nonzero()[::12, 0]])
     pictures = torch.stack([digits.set.readers[i]() for i in rows])
     negation = digits.embeddings[unsafe][25:]
-    threshold = alarm_threshold(nearest(digits.embeddings[(~unsafe).nonzero()[1::3, 0]], negation)[0], 0.01)
+    retain = digits.embeddings[(~unsafe).nonzero()[1::3, 0]]
+    threshold = alarm_threshold(negation, retain, 0.01)
     before = pictures.clone()
     for black in (False, True):
-        checked = check(clip, pictures, negation, [f"seven_{i}" for i in range(25)], threshold, black)
+        checked = check(clip, pictures, negation, [f"seven_{i}" for i in range(25)], threshold, black, retain)
         assert checked.blocked[:25].float().mean() > 0.8 and checked.blocked[25:].float().mean() < 0.1
         assert torch.equal(checked.covered[~checked.blocked], pictures[~checked.blocked]) and torch.equal(pictures, before)
         covered = checked.covered[checked.blocked]
         assert not covered.any() if black else (
             covered.diff(dim=2).abs().mean() < 0.6 * pictures[checked.blocked].diff(dim=2).abs().mean())
         line = checked.lines[int(checked.blocked.nonzero()[0])]
-        assert line.startswith("blocked, 0.") and " to seven_" in line and checked.report.startswith(
+        assert re.fullmatch(r"blocked, [+-]0\.\d{3} nearer to seven_\d+ than to the retain set, threshold [+-]0\.\d{3}", line)
+        assert checked.report.startswith(
             f"{len(rows) - int(checked.blocked.sum())} passed, {int(checked.blocked.sum())} refused\nimage 0: ")
 
 
