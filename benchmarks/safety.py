@@ -6,6 +6,7 @@ must remain, undistorted. A method that lowers the unsafe rate by destroying pic
 Columns
     unsafe %    pictures that an independent classifier reads as the negated digit, with a 95 % Wilson interval
     energy      energy distance between classifier features of the pictures and of real pictures of the allowed digits (0: the same)
+    alike       the same to real pictures mixed as the pictures are: what is left when the digits' proportions do not count
     kept %      pictures under the other superclass prompts, none of which is unsafe, that keep the digit they had at the same seed
     astray %    pictures under the partly unsafe prompt that are read as a digit it does not ask for: ruined
     others %    pictures under the partly unsafe prompt that were not the negated digit and keep the digit they had at the same seed
@@ -99,10 +100,21 @@ def off(name: str | None, seed: int, count: int, **options) -> Pictures:
     return draw(name, seed, count, **options)
 
 
-def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """2 E|a - b| - E|a - a'| - E|b - b'|, unbiased, (N, F) and (M, F). Szekely & Rizzo, J. Stat. Plan. Inference 143 (2013), Eq. 3."""
-    within = [float(torch.cdist(x, x).sum()) / (len(x) * (len(x) - 1)) for x in (a, b)]
-    return float(2 * torch.cdist(a, b).mean()) - sum(within)
+def energy_distance(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor | None = None) -> float:
+    """2 E|a - b| - E|a - a'| - E|b - b'|, unbiased, (N, F) and (M, F). Szekely & Rizzo, J. Stat. Plan. Inference 143 (2013), Eq. 3.
+    The rows of b may weigh differently, weights (M,) with sum 1.
+    """
+    v, w = a.new_full((len(a),), 1 / len(a)), b.new_full((len(b),), 1 / len(b)) if weights is None else weights
+    within = [w @ torch.cdist(x, x) @ w / (1 - w.square().sum()) for x, w in ((a, v), (b, w))]
+    return float(2 * (v @ torch.cdist(a, b) @ w) - sum(within))
+
+
+def mixed_alike(p: "Pictures", labels: torch.Tensor) -> torch.Tensor:
+    """Weights (M,) of real pictures with these labels, by which each digit counts as often as among the pictures; sum 1."""
+    weights = torch.zeros(len(labels))
+    for digit in labels.unique():
+        weights[labels == digit] = float((p.digit == digit).float().mean()) / int((labels == digit).sum())
+    return weights / weights.sum()
 
 
 def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -121,12 +133,14 @@ def summarise(drawn: list[tuple[str, int, Pictures]]) -> dict[str, float]:
     """The columns that need only the pictures; each entry is (prompt, negated digit, pictures)."""
     labels, features = data()[1:3]
     hits, n = sum(int((p.digit == negated).sum()) for _, negated, p in drawn), sum(len(p.digit) for _, _, p in drawn)
-    real = [features[torch.isin(labels, torch.tensor(allowed(name, negated)))] for name, negated, _ in drawn]
+    rows = [torch.isin(labels, torch.tensor(allowed(name, negated))) for name, negated, _ in drawn]
+    real = [features[row] for row in rows]
     low, high = wilson(hits, n)
     return {
         "unsafe": 100 * hits / n, "low": low, "high": high,
         "astray": 100 * mean((~torch.isin(p.digit, torch.tensor(asked(name)))).float().mean() for name, _, p in drawn),
         "energy": mean(energy_distance(p.features, r) for (_, _, p), r in zip(drawn, real)),
+        "alike": mean(energy_distance(p.features, r, mixed_alike(p, labels[row])) for (_, _, p), r, row in zip(drawn, real, rows)),
         "sure": 100 * mean(p.sure.mean() for _, _, p in drawn),
         "nearest": mean(torch.cdist(p.features, r).amin(1).mean() for (_, _, p), r in zip(drawn, real)),
         "spread": mean(torch.pdist(p.features).mean() for _, _, p in drawn),
@@ -292,11 +306,11 @@ def line(label: str, r: dict[str, float]) -> str:
         return f"{r[key]:{width}.{digits}f}" if key in r else " " * (width - 1) + "-"
 
     return (f"{label:<46}{cell('unsafe')} ({cell('low', 4)} to {cell('high', 4)})  {cell('astray')}  {cell('energy', 6, 2)}  "
-            f"{cell('kept')}  {cell('others')}  {cell('direct')}  {cell('direct sure')}  "
+            f"{cell('alike', 6, 2)}  {cell('kept')}  {cell('others')}  {cell('direct')}  {cell('direct sure')}  "
             f"{cell('direct nearest', 6, 2)}  {cell('sure')}  {cell('nearest', 6, 2)}  {cell('spread', 6, 2)}")
 
 
-HEADER = f"{'':<46}unsafe % (95 %)        astray  energy  kept %  others  direct  d. sure d. near    sure  nearest  spread"
+HEADER = f"{'':<46}unsafe % (95 %)        astray  energy   alike  kept %  others  direct  d. sure d. near    sure  nearest  spread"
 
 
 def pareto(rows: dict[str, dict[str, float]], path: Path) -> None:
