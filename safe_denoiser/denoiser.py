@@ -36,7 +36,8 @@ class Step:
     Args:
         sigma: noise level (B,).
         active: inside the window, with a finite prediction (B,), bool.
-        posterior: r = P(unsafe | x), beta for the methods that have no r, or their own gate (B,).
+        posterior: r = P(unsafe | x), the highest of the windows where there are several; beta for the methods that have no r, or their
+            own gate (B,).
         correction: |safe_denoised - denoised| / |denoised| (B,).
         nearest: index of the bank item that weighs most (B,).
         clamped: r or beta hit its ceiling (B,), bool.
@@ -124,8 +125,8 @@ class SafeDenoiser:
         semantic: log p_u - log p_retain of a prediction (B, C, *spatial) at sigma / alpha (B,), used with a retain bank instead of the
             ratio of the banks' densities, see `meaning.SemanticPosterior`; not inside a mask.
         parts: windows of 1 / parts of each side instead of whole pictures; 1 is the whole. None is 2 where that tells the bank from the
-            reference or retain bank clearly better than whole pictures do, else 1. Windows ignore a mask: what lies outside is given,
-            and is put back after each step.
+            reference or retain bank clearly better than whole pictures do, else 1. Inside a mask a window counts by the share of it
+            that is sampled.
         root: square root of the mask (D,) inside which alone the banks count; set by `masked`.
 
     Raises:
@@ -276,18 +277,21 @@ class SafeDenoiser:
             return self._by_beta(p, unsafe, self._beta(weight, p, unsafe))
         return self._by_posterior(weight, p, unsafe)
 
-    def _by_parts(self, p: Prediction) -> Correction:
-        """The correction of each window by itself; where windows overlap, the mean of theirs, weighed by r."""
+    def _by_parts(self, p: Prediction, mask: Tensor | None = None) -> Correction:
+        """The correction of each window by itself; where windows overlap, the mean of theirs, weighed by r. With a mask (B, D) r counts
+        by the share of a window that is sampled: what is given shows what it shows.
+        """
         item = self.bank.latents.shape[1:]
         whole = [y if y is None else y.unflatten(1, item) for y in (p.x, p.denoised, p.unconditional, p.conditional)]
         found, total, weight = [], torch.zeros_like(whole[0]), torch.full_like(whole[0], 1e-12)
         for place, inside in self.inside:
             x, denoised, *guides = (y if y is None else y[place].flatten(1) for y in whole)
             part = inside.correct(Prediction(x, denoised, p.sigma, p.alpha, *guides))
-            r = part.posterior.view(-1, *[1] * len(item))
-            total[place] += r * part.direction.view_as(total[place])
-            weight[place] += r
-            found.append(torch.stack([part.posterior, part.nearest, part.clamped, part.omitted]))
+            r = part.posterior if mask is None else part.posterior * mask.unflatten(1, item)[place].flatten(1).mean(1)
+            share = r.view(-1, *[1] * len(item))
+            total[place] += share * part.direction.view_as(total[place])
+            weight[place] += share
+            found.append(torch.stack([r, part.nearest, part.clamped, part.omitted]))
         found = torch.stack(found)  # (P, 4, B)
         r, best = found[:, 0].max(0)
         _, nearest, clamped, omitted = found.gather(0, best.expand(1, 4, -1))[0]
@@ -477,10 +481,11 @@ class SafeDenoiser:
         sigma, alpha = (rows(value, flat)[:, 0].expand(len(x)).repeat_interleave(len(flat) // len(x)) for value in (sigma, alpha))
         inside = (sigma > self.sigma_end) & (sigma <= self.sigma_start)
         prediction = Prediction(flat, predicted, sigma, alpha, empty, asked)
-        if mask is None or self.inside:
+        if mask is None:
             correction = self.correct(prediction)
         else:
-            correction = self.correct_inside(self._frames(mask.expand_as(x))[0].flatten(1).to(dtype), prediction)
+            mask = self._frames(mask.expand_as(x))[0].flatten(1).to(dtype)
+            correction = self._by_parts(prediction, mask) if self.inside else self.correct_inside(mask, prediction)
         corrected = predicted + self.strength * correction.direction
         finite = torch.isfinite(corrected).all(1)
         active = inside & finite

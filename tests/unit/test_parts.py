@@ -89,14 +89,26 @@ def test_each_window_is_corrected_as_a_picture_of_its_own_and_overlaps_are_weigh
     torch.testing.assert_close(denoiser.safe(x, denoised, 0.7)[0], denoised + total / weight)
 
 
-def test_a_mask_and_a_semantic_posterior_leave_the_choice_alone(reference):
-    bank, x, denoised = bank_and_places(60)[0], *torch.randn(2, 2, 2, 8, 8)
-    mask = torch.zeros(2, 1, 8, 8)
-    mask[..., :4] = 1
-    denoiser = SafeDenoiser(bank, reference=reference)
-    assert torch.equal(denoiser.safe(x, denoised, 0.7, mask=mask)[0], denoiser.safe(x, denoised, 0.7)[0])
+def test_what_is_given_moves_nothing(reference):
+    """Inpainting: a window that holds nothing to sample does not count, one that is sampled counts as ever."""
+    denoiser = SafeDenoiser(bank_and_places(60)[0], reference=reference)
+    denoised = scenes(torch.tensor([[0, 1, THING, 2]]), 5)
+    x = denoised + 0.5 * torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(6))
+    mask = torch.ones(1, 1, 8, 8)
+    everything, step = denoiser.safe(x, denoised, 0.5, mask=mask)
+    torch.testing.assert_close(everything, denoiser.safe(x, denoised, 0.5)[0])
+    mask[..., 4:, :4] = 0
+    given, masked = denoiser.safe(x, denoised, 0.5, mask=mask)
+    assert step.posterior > 0.5 > 0.2 > masked.posterior and (given - denoised)[..., 4:, 4:].norm() < 0.1 * (everything - denoised).norm()
+    mask = 1 - mask
+    torch.testing.assert_close(denoiser.safe(x, denoised, 0.5, mask=mask)[0][..., 4:, :4], everything[..., 4:, :4], rtol=0.05, atol=0.05)
+
+
+def test_what_does_not_compare_banks_has_no_windows(reference):
+    bank = bank_and_places(60)[0]
     assert not SafeDenoiser(bank, retain=reference, semantic=lambda latents, s: s).inside
     assert not SafeDenoiser(bank, reference=reference, weight="tracked").inside and not SafeDenoiser(bank, method="spell").inside
+    assert not SafeDenoiser(bank).inside and not SafeDenoiser(bank, reference=reference).masked(torch.ones(128)).inside
 
 
 def test_what_was_found_is_remembered_with_the_bank_and_saved_with_it(reference, tmp_path, monkeypatch):
