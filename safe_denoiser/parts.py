@@ -135,7 +135,9 @@ def choose(bank: Bank, other: Bank, parts: int | None) -> list:
     """
     if parts == 1:
         return [1]
+    if parts is None:
+        halves, whole = (locate(bank.sample(SAMPLE), other, k).separation for k in (2, 1))
+        if halves <= max(whole + MARGIN, TELLING):
+            return [1]
     found = locate(bank, other, parts or 2)
-    if parts is None and found.separation <= max(locate(bank, other, 1).separation + MARGIN, TELLING):
-        return [1]
     return [parts or 2, found.window, found.separation]
