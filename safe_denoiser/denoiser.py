@@ -253,7 +253,7 @@ class SafeDenoiser:
     def calibration(self) -> Calibration:
         h, t = self.kernel_bandwidth, self.kernel_temperature
         curves = self.bank.recall(f"curves at h {h:.5g}, T {t:.5g}", lambda: calibrate(self.sample, h, t, self.root).tolist())
-        return Calibration(*torch.tensor(curves, device=self.sample.latents.device))
+        return Calibration(*torch.tensor(curves, dtype=self.sample.latents.dtype, device=self.sample.latents.device))
 
     def density(self, bank: Bank, p: Prediction) -> Posterior:
         """Posterior of one bank at x, with the bandwidth and temperature that all banks share."""
