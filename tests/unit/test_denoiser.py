@@ -309,7 +309,7 @@ def test_batch_equals_single_runs(settings):
     x, denoised = torch.randn(2, 8, 4, 4, 4, dtype=torch.float64)
     denoiser = SafeDenoiser(bank, **settings)
     together = denoiser.safe(x, denoised, torch.full((8,), 0.8))[0]
-    alone = torch.cat([SafeDenoiser(bank, **settings).safe(x[i:i + 1], denoised[i:i + 1], 0.8)[0] for i in range(8)])
+    alone = torch.cat([SafeDenoiser(bank, **settings).safe(x[i:i + 1], denoised[i:i + 1], torch.full((1,), 0.8))[0] for i in range(8)])
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
 
 
