@@ -199,8 +199,7 @@ class SafeDenoiser:
         if not found:
             return []
         places = windows(self.bank.latents.shape[1:], parts)
-        tuned = TUNED_PARTS["evidence" if self.reference and self.weight != "retain" else "retain"]
-        prior, evidence = (own if value is None else value for value, own in zip((self.prior, self.evidence), tuned))
+        prior, evidence = self._tuned("evidence" if self.reference and self.weight != "retain" else "retain", TUNED_PARTS)
         shown = self.bank.crops(places, found.window)
         calibrated = replace(self, bank=shown, retain=None, reference=None, weight="auto", semantic=None, parts=1)
         width = dict(bandwidth=calibrated.kernel_bandwidth, temperature=calibrated.kernel_temperature)
@@ -297,10 +296,10 @@ class SafeDenoiser:
         _, nearest, clamped, omitted = found.gather(0, best.expand(1, 4, -1))[0]
         return Correction((total / weight).flatten(1), r, nearest.long(), clamped.bool(), omitted)
 
-    def _tuned(self, weight: str) -> tuple[float, float]:
+    def _tuned(self, weight: str, tuned: dict[str, tuple[float, float]] = TUNED) -> tuple[float, float]:
         """prior and evidence: as given, else the weight's own."""
         given = self.prior, 0.0 if weight == "reference" else self.evidence
-        return tuple(own if value is None else value for value, own in zip(given, TUNED.get(weight, PLAIN)))
+        return tuple(own if value is None else value for value, own in zip(given, tuned.get(weight, PLAIN)))
 
     def _by_posterior(self, weight: str, p: Prediction, unsafe: Posterior) -> Correction:
         """evidence, reference, retain, unconditional, ratio_beta: r from what the other banks say, see the class."""
