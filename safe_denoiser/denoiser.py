@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import methods
+from . import methods, witness
 from .bank import Bank
 from .calibration import Calibration, calibrate, temperature_for
 from .kernel import Posterior, posterior, rows, squared_distances
 from .parts import Located, choose, windows
 
 METHODS = ("safe_denoiser", "spell", "official", "official_sd3", "sgf")
-WEIGHTS = ("auto", "evidence", "retain", "gate", "unconditional", "reference", "ratio_beta", "tracked", "triangle", "constant")
+WEIGHTS = ("auto", "evidence", "retain", "gate", "unconditional", "reference", "ratio_beta", "tracked", "triangle", "constant", "witness")
 PUSHES = ("guided", "unconditional")
 TUNED = {"evidence": (0.25, 3.0), "retain": (0.4, 3.0), "unconditional": (0.3, 1.5)}  # prior and evidence, see benchmarks/RESULTS.md
 TUNED_PARTS = {"evidence": (0.6, 10.0), "retain": (0.3, 10.0)}  # the same inside a window
@@ -65,6 +65,13 @@ class Prediction:
     alpha: Tensor
     unconditional: Tensor | None = None
     conditional: Tensor | None = None
+    unwanted: Tensor | None = None
+    neutral: Tensor | None = None
+
+    @property
+    def guides(self) -> tuple[Tensor | None, ...]:
+        """What the model predicted beside `denoised`, in the order of `safe`'s arguments."""
+        return self.unconditional, self.conditional, self.unwanted, self.neutral
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class SafeDenoiser:
         ValueError: an unknown method, weight or push, a missing bank, banks of different shapes, a number out of range.
     """
 
-    bank: Bank
+    bank: Bank | None
     method: str = "safe_denoiser"
     weight: str = "auto"
     retain: Bank | None = None
@@ -162,7 +169,7 @@ class SafeDenoiser:
         for weights, bank, name in ((("evidence", "reference"), self.reference, "reference"), (("retain",), self.retain, "retain")):
             if self.weight in weights and bank is None:
                 raise ValueError(f"weight {self.weight!r} needs a {name} bank; connect one or choose weight 'auto'")
-            if bank is not None and bank.latents.shape[1:] != self.bank.latents.shape[1:]:
+            if bank is not None and self.bank is not None and bank.latents.shape[1:] != self.bank.latents.shape[1:]:
                 raise ValueError(f"{name} bank latents are {tuple(bank.latents.shape[1:])} but the negation bank's are "
                                  f"{tuple(self.bank.latents.shape[1:])}; build both with the same VAE at the same size")
         if self.weight == "ratio_beta" and self.reference is None and self.retain is None:
@@ -178,7 +185,7 @@ class SafeDenoiser:
     @property
     def _compares(self) -> bool:
         """Whether there is another bank, with which windows can be compared."""
-        return (self.method == "safe_denoiser" and self.weight in ("auto", "evidence", "retain", "reference")
+        return (self.bank is not None and self.method == "safe_denoiser" and self.weight in ("auto", "evidence", "retain", "reference")
                 and not (self.reference is None and self.retain is None) and self.semantic is None and self.root is None
                 and self.bank.latents.ndim > 2)
 
@@ -263,6 +270,8 @@ class SafeDenoiser:
         """The correction of one prediction at strength 1."""
         if self.method != "safe_denoiser":
             return self._neighbour(p)
+        if self.weight == "witness" or self.weight == "auto" and p.unwanted is not None:
+            return self._by_witness(p)
         if self.inside:
             return self._by_parts(p)
         unsafe, weight = self.density(self.bank, p), self.weight
@@ -276,12 +285,25 @@ class SafeDenoiser:
             return self._by_beta(p, unsafe, self._beta(weight, p, unsafe))
         return self._by_posterior(weight, p, unsafe)
 
+    def _by_witness(self, p: Prediction) -> Correction:
+        """The theorem with the model's own prediction under the unwanted condition as E_u."""
+        if p.unwanted is None:
+            raise ValueError("weight 'witness' needs a prediction under the unwanted condition; connect unwanted, or choose weight 'auto'")
+        asked = p.denoised if p.conditional is None else p.conditional
+        zero = p.unconditional if p.neutral is None else p.neutral
+        t, r = witness.posterior(asked, torch.zeros_like(asked) if zero is None else zero, p.unwanted, self.posterior_max)
+        direction = witness.from_witness(asked, p.unwanted, r)
+        if p.unconditional is not None and p.conditional is not None:
+            direction = witness.gain(p.denoised, p.conditional, p.unconditional).clamp_min(1)[:, None] * direction
+        none = torch.zeros_like(r)
+        return Correction(direction, r, none.long(), t > self.posterior_max, none)
+
     def _by_parts(self, p: Prediction, mask: Tensor | None = None) -> Correction:
         """The correction of each window by itself; where windows overlap, the mean of theirs, weighed by r. With a mask (B, D) r counts
         by the share of a window that is sampled: what is given shows what it shows.
         """
         item = self.bank.latents.shape[1:]
-        whole = [y if y is None else y.unflatten(1, item) for y in (p.x, p.denoised, p.unconditional, p.conditional)]
+        whole = [y if y is None else y.unflatten(1, item) for y in (p.x, p.denoised, *p.guides)]
         found, total, weight = [], torch.zeros_like(whole[0]), torch.full_like(whole[0], 1e-12)
         for place, inside in self.inside:
             x, denoised, *guides = (y if y is None else y[place].flatten(1) for y in whole)
@@ -423,7 +445,9 @@ class SafeDenoiser:
         With root = sqrt(m) that is |root x - root y|^2, so each method works unchanged on inputs and banks multiplied by root. The
         kernel keeps the bandwidth of the whole bank, which is a length per element.
         """
-        root = mask.to(torch.promote_types(self.bank.latents.dtype, torch.float32)).sqrt()
+        root = mask.to(torch.promote_types(mask.dtype, torch.float32)).sqrt()
+        if self.bank is None:
+            return replace(self, root=root)
         bank = self.bank.normalised() if self.method.startswith("official") else self.bank
         return replace(self, bank=bank.masked(root), retain=self.retain and self.retain.masked(root),
                        reference=self.reference and self.reference.masked(root), bandwidth=self.kernel_bandwidth, semantic=None,
@@ -441,7 +465,7 @@ class SafeDenoiser:
         parts = []
         for index, inside in self._memory["parts"]:
             x, denoised, *guides = (y if y is None else y[index] * inside.root
-                                    for y in (p.x, p.denoised, p.unconditional, p.conditional))
+                                    for y in (p.x, p.denoised, *p.guides))
             part = inside.correct(Prediction(x, denoised, p.sigma[index], p.alpha[index], *guides))
             whole = torch.where(inside.root > 0, part.direction / inside.root, 0)
             parts.append((whole, part.posterior, part.nearest, part.clamped, part.omitted))
@@ -450,8 +474,8 @@ class SafeDenoiser:
 
     @torch.no_grad()
     def safe(self, x: Tensor, denoised: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0,
-             mask: Tensor | None = None, unconditional: Tensor | None = None,
-             conditional: Tensor | None = None) -> tuple[Tensor, Step | None]:
+             mask: Tensor | None = None, unconditional: Tensor | None = None, conditional: Tensor | None = None,
+             unwanted: Tensor | None = None, neutral: Tensor | None = None) -> tuple[Tensor, Step | None]:
         """Correct one prediction.
 
         Args:
@@ -463,6 +487,8 @@ class SafeDenoiser:
             mask: what is sampled, 1, and what is given, 0 (inpainting); broadcasts to x. None: all is sampled.
             unconditional: the model's E[x0 | x] under the empty prompt, shaped like x, where guidance computed it.
             conditional: the same under the prompt, before guidance.
+            unwanted: the same under a condition that means what must not come out.
+            neutral: the same under a condition that means nothing in particular; None takes `unconditional`.
 
         Returns:
             safe_denoised in the shape and dtype of `denoised`, and the Step (None when strength is 0, where `denoised` itself
@@ -475,16 +501,17 @@ class SafeDenoiser:
             return denoised, None
         shaped, restore = self._frames(denoised)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        flat, predicted, empty, asked = (y if y is None else self._frames(y)[0].flatten(1).to(dtype)
-                                         for y in (x, denoised, unconditional, conditional))
+        flat, predicted, *guides = (y if y is None else self._frames(y)[0].flatten(1).to(dtype)
+                                    for y in (x, denoised, unconditional, conditional, unwanted, neutral))
         sigma, alpha = (rows(value, flat)[:, 0].expand(len(x)).repeat_interleave(len(flat) // len(x)) for value in (sigma, alpha))
         inside = (sigma > self.sigma_end) & (sigma <= self.sigma_start)
-        prediction = Prediction(flat, predicted, sigma, alpha, empty, asked)
+        prediction = Prediction(flat, predicted, sigma, alpha, *guides)
         if mask is None:
             correction = self.correct(prediction)
         else:
             mask = self._frames(mask.expand_as(x))[0].flatten(1).to(dtype)
-            correction = self._by_parts(prediction, mask) if self.inside else self.correct_inside(mask, prediction)
+            by_parts = self.inside and unwanted is None
+            correction = self._by_parts(prediction, mask) if by_parts else self.correct_inside(mask, prediction)
         corrected = predicted + self.strength * correction.direction
         finite = torch.isfinite(corrected).all(1)
         active = inside & finite
@@ -501,6 +528,8 @@ class SafeDenoiser:
 
     def _frames(self, x: Tensor):
         """x as a batch of things the size of a bank item, and the way back."""
+        if self.bank is None:
+            return x, lambda y: y
         item = self.bank.latents.shape[1:]
         if x.shape[1:] == item:
             return x, lambda y: y
