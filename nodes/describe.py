@@ -98,7 +98,7 @@ class DescribeNegationSet(io.ComfyNode):
         contrast = [embed(clip, one) for one in others if one is not None]
         found = describe(clip, embed(clip, negation_set), phrases, torch.cat(contrast) if contrast else None, count)
         title, best = found.text or "no phrase chosen, see table", found.best.tolist()
-        Live().send(title)
+        Live().send(found.table)
         groups = [[i for i, phrase in enumerate(best) if phrase == one] for one in found.chosen]
         groups.append([i for i, phrase in enumerate(best) if phrase not in found.chosen])
         words = [found.phrases[i] for i in best]
