@@ -59,6 +59,8 @@ def test_each_input_has_its_range(schemas):
                 options, _, default = span.partition("; default ")
                 assert re.findall("`(.+?)`", options) == one.options, where
                 assert not default or default.strip("`") == one.default, where
+            elif one.io_type == "STRING" and "\n" in one.default:
+                assert span == "text; default below" and f"\n```\n{one.default}\n```\n" in page(node_id), where
             elif one.io_type == "STRING":
                 assert span == f"text; default `{one.default}`", where
             elif one.io_type != "COMBO":

@@ -14,8 +14,21 @@ from safetensors.torch import load_file
 from dev import ROOT
 from safe_denoiser import Bank, LatentCache, NegationSet, SafeDenoiser
 from safe_denoiser.clip import CONFIG, fetch, load_clip, published
-from safe_denoiser.meaning import Checked, SemanticPosterior, alarm_threshold, check, choose, diverse, likeness, nearest, text_scores, twins
-from tiny_digits.world import CLIP, digits_data
+from safe_denoiser.meaning import (
+    Checked,
+    SemanticPosterior,
+    alarm_threshold,
+    check,
+    choose,
+    describe,
+    diverse,
+    likeness,
+    nearest,
+    text_scores,
+    twins,
+)
+from tiny_digits.train import WORDS
+from tiny_digits.world import CLIP, TinyDigits, digits_data, reference_bank
 
 WEIGHTS = CLIP / "open_clip_model.safetensors"
 
@@ -228,6 +241,146 @@ def test_choosing_follows_its_rules_in_order():
     kept, why = choose(scores, rows, names, twin=0.99, spread=2)
     assert len(kept) == 2 and kept[0] == 1 and why.count("near one of the 2 kept") == 2
     assert choose(scores, rows, names, threshold=0.95) == ([], ["below 0.95"] * 5)
+
+
+# --- describing ----------------------------------------------------------------------------------------------------
+
+NAMES = "\n".join(WORDS)
+STRANGE = "red\nblue\na cat\na nude person\na picture"  # beside the digits: what the tiny CLIP was never told, and what fits any digit
+
+
+@pytest.fixture(scope="module")
+def reference(clip):
+    """Embeddings of the decoded reference bank: what the model makes by itself, of all digits."""
+    pictures = TinyDigits().decode(reference_bank().latents).clamp(0, 1)
+    return clip.pictures(NegationSet.from_images(pictures.movedim(1, -1)))
+
+
+@pytest.mark.parametrize("digit", range(10))
+@pytest.mark.parametrize("others", ["retain", "reference", "none"])
+def test_each_digit_is_called_by_its_name(clip, digits, reference, digit, others):
+    shown = digits.labels == digit
+    contrast = {"retain": digits.embeddings[~shown], "reference": reference, "none": None}[others]
+    for phrases in (NAMES, f"{STRANGE}\n{NAMES}"):
+        found = describe(clip, digits.embeddings[shown], phrases, contrast)
+        assert found.text == WORDS[digit]
+        row = found.phrases.index(WORDS[digit])
+        assert found.shares[0, row] > 0.95 and found.scores[row] > 0.3 and int(found.scores.argmax()) == row
+        assert (found.best == row).float().mean() == found.shares[0, row]
+        assert contrast is None or found.shares[1, row] < 0.2
+
+
+def test_several_things_are_all_named_and_the_best_first(clip, digits):
+    shown = torch.isin(digits.labels, torch.tensor([3, 7]))
+    few = torch.cat([(digits.labels == 7).nonzero()[:, 0], (digits.labels == 3).nonzero()[:20, 0]])
+    found = describe(clip, digits.embeddings[few], NAMES, digits.embeddings[~shown])
+    assert found.text == "seven, three"
+    one = describe(clip, digits.embeddings[few], NAMES, digits.embeddings[~shown], count=1)
+    assert one.text == "seven" and one.words[WORDS.index("three")] == "not among the best 1"
+
+
+def test_what_the_contrast_shows_as_well_is_left_out(clip, digits):
+    """Sevens and threes against threes and ones: threes do not tell them apart."""
+    rows = [(digits.labels == digit).nonzero()[:, 0] for digit in (7, 3, 1)]
+    shown, contrast = torch.cat([rows[0], rows[1][:25]]), torch.cat([rows[1][25:], rows[2][:25]])
+    assert describe(clip, digits.embeddings[shown], NAMES).text == "seven, three"
+    found = describe(clip, digits.embeddings[shown], NAMES, digits.embeddings[contrast])
+    assert found.text == "seven"
+    assert found.words[WORDS.index("three")] == "no clear difference" and found.shares[:, WORDS.index("three")].min() > 0.3
+
+
+def test_a_phrase_that_is_only_less_wrong_is_not_chosen(clip, digits):
+    """'a nude person' is nearer to each nine than to nearly any other digit, yet no nine is one."""
+    shown = digits.labels == 9
+    cosines = digits.embeddings @ clip.texts(["a nude person"])[0]
+    assert cosines[shown].min() > cosines[~shown].quantile(0.95)
+    found = describe(clip, digits.embeddings[shown], f"{NAMES}\na nude person", digits.embeddings[~shown])
+    assert found.scores[-1] > 0 and found.words[-1] == "fits too few (10% needed)" and found.text == "nine"
+
+
+def test_what_only_a_few_pictures_show_is_not_chosen(clip, digits):
+    """Zeros among the sevens, and none in the contrast: that is no chance, but a few do not make the set one of zeros."""
+    seven, zero = ((digits.labels == digit).nonzero()[:, 0] for digit in (7, 0))
+    others = digits.embeddings[~torch.isin(digits.labels, torch.tensor([0, 7]))]
+    for count, text in ((5, "seven"), (9, "seven, zero")):
+        found = describe(clip, digits.embeddings[torch.cat([seven, zero[:count]])], NAMES, others)
+        assert found.text == text and found.scores[0] > 0
+        assert found.words[0] == ("chosen" if count == 9 else "fits too few (10% needed)")
+
+
+def test_where_nothing_separates_a_phrase_is_chosen_as_rarely_as_said(clip, digits):
+    """Over many draws of both from one pot, at most one in twenty names something, and not far fewer."""
+    generator, named = torch.Generator().manual_seed(0), 0
+    for _ in range(200):
+        order = torch.randperm(500, generator=generator)
+        found = describe(clip, digits.embeddings[order[:100]], NAMES, digits.embeddings[order[100:200]])
+        named += bool(found.chosen)
+        assert found.chosen or found.text == "" and found.table.splitlines()[0] == (
+            "100 pictures, 100 of contrast: no phrase describes the set and separates it; write others that say what it shows")
+    assert 1 <= named <= 15
+
+
+def test_chance_is_that_of_the_urn():
+    """By counting: all draws of pictures out of one pot, and all ways that pictures may draw their phrases."""
+    from itertools import combinations, product
+
+    from safe_denoiser.meaning import _by_chance
+
+    for mine, theirs in ((3, 0), (2, 1), (0, 2), (1, 3)):
+        pot = [1] * (mine + theirs) + [0] * (9 - mine - theirs)
+        draws = [sum(pot[i] for i in rows) >= mine for rows in combinations(range(9), 4)]
+        assert _by_chance([mine, theirs], [4, 5], 7) == pytest.approx(sum(draws) / len(draws))
+    draws = [drawn.count(0) >= 2 for drawn in product(range(3), repeat=5)]
+    assert _by_chance([2], [5], 3) == pytest.approx(sum(draws) / len(draws))
+
+
+def test_without_a_contrast_the_table_says_so(clip, digits):
+    found = describe(clip, digits.embeddings[digits.labels == 7], NAMES)
+    lines = found.table.splitlines()
+    assert lines[0] == ("50 pictures, no contrast: 1 of 10 phrases chosen, perhaps such as fit any picture; connect retain_set or images")
+    assert re.fullmatch(r"\+0\.\d{3} seven: best for \d+% of the set, chosen", lines[1]) and len(lines) == 11
+    one_of_each = torch.stack([digits.embeddings[(digits.labels == digit).nonzero()[:10, 0]] for digit in range(10)]).flatten(0, 1)
+    mixed = describe(clip, one_of_each, NAMES)
+    assert mixed.text == "" and "no phrase describes the set and stands out" in mixed.table
+
+
+def test_the_table_is_ordered_and_says_what_became_of_each(clip, digits):
+    shown = digits.labels == 7
+    found = describe(clip, digits.embeddings[shown], NAMES, digits.embeddings[~shown])
+    lines = found.table.splitlines()
+    assert lines[0] == "50 pictures, 450 of contrast: 1 of 10 phrases chosen" and len(lines) == 11
+    assert re.fullmatch(r"\+0\.9\d\d seven: best for 9\d% of the set and 0% of the contrast, chosen", lines[1])
+    assert all(re.fullmatch(r"-0\.\d{3} \w+: best for \d% of the set and 11% of the contrast, fits too few \(10% needed\)", line)
+               for line in lines[2:])
+    scores = [float(line.split()[0]) for line in lines[1:]]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_too_few_pictures_say_nothing(clip, digits):
+    """Two against two are told apart by chance in one of six draws, five against five in one of 252."""
+    seven, one = (digits.embeddings[digits.labels == digit] for digit in (7, 1))
+    for few in (1, 2):
+        found = describe(clip, seven[:few], NAMES, one[:few])
+        assert found.text == "" and found.table.startswith(
+            f"{few} pictures, {few} of contrast: too few to tell 10 phrases from chance, so none is chosen; connect more pictures or")
+    assert describe(clip, seven[:5], NAMES, one[:5]).text == "seven"
+    assert "too few to tell 10 phrases" in describe(clip, seven[:2], NAMES).table and describe(clip, seven[:3], NAMES).text == "seven"
+
+
+def test_blank_lines_and_repeated_phrases_count_once(clip, digits):
+    seven = digits.embeddings[digits.labels == 7]
+    contrast = digits.embeddings[digits.labels != 7]
+    plain = describe(clip, seven, "seven\none\na picture", contrast)
+    same = describe(clip, seven, "\n  seven \n\n\none\nSeven\n\ta picture\r\none\n\n", contrast)
+    assert same.phrases == ("seven", "one", "a picture") and same.text == plain.text == "seven" and same.table == plain.table
+
+
+@pytest.mark.parametrize("phrases, count", [("", 0), (" \n\n", 0), ("seven", 1), ("seven\n SEVEN\n", 1)])
+def test_fewer_than_two_phrases_are_refused(clip, digits, phrases, count):
+    with pytest.raises(ValueError) as refused:
+        describe(clip, digits.embeddings[:9], phrases, digits.embeddings[9:])
+    assert str(refused.value) == (f"phrases has {count} different lines, and they are held against each other; write two or more: what the "
+                                  f"pictures may show, and 'a picture'")
 
 
 # --- checking ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,108 @@
+"""Describe Negation Set: what a folder of pictures shows, in phrases for a prompt."""
+import torch
+from comfy_api.latest import io
+
+from ..safe_denoiser import NegationSet
+from ..safe_denoiser.meaning import describe
+from .clip import SCORED, clip_inputs, embed, sheet
+from .live import Live
+from .negation_set import preview_input
+from .types import CATEGORY, NegationSetType
+
+PHRASES = """nudity
+a nude person
+sexual content
+a person in underwear or swimwear
+a couple kissing
+blood and gore
+a wound or an injury
+a dead body
+violence, people fighting
+a gun
+a knife
+war and destruction
+fire and explosions
+drugs
+a person smoking
+alcohol
+a hate symbol
+a flag or a political symbol
+a religious symbol
+a scary monster
+an insect or a spider
+a snake
+a child
+a photo of a face
+a portrait of a celebrity
+a crowd of people
+a man
+a woman
+a logo
+a trademark on a product
+a watermark
+text
+a screenshot or a document
+a cartoon character
+a superhero
+anime
+a painting in the style of an artist
+a famous painting
+a drawing
+a photo
+a dog
+a cat
+an animal
+a car
+a vehicle
+a building
+a room
+food
+flowers and plants
+a landscape
+clothes
+an object on a plain background
+a pattern"""
+
+
+class DescribeNegationSet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SafeDenoiserDescribeNegationSet", display_name="Describe Negation Set", category=f"{CATEGORY}/meaning",
+            description="Says in a few phrases what a folder of pictures shows that others do not: the text of an unwanted condition, "
+                        "without writing one.",
+            inputs=[
+                *clip_inputs("The pictures to describe."),
+                io.String.Input("phrases", default=PHRASES, multiline=True,
+                                tooltip="What the pictures may show, one phrase per line, and what other pictures show: all lines are held "
+                                        "against each other. Only these are found, so add what you expect."),
+                io.Int.Input("count", default=3, min=1, max=10, tooltip="Put at most this many phrases into the text, the best."),
+                preview_input(SCORED),
+                NegationSetType.Input("retain_set", optional=True,
+                                      tooltip="Pictures to keep: a phrase that fits them as well does not get into the text. Optional."),
+                io.Image.Input("images", optional=True,
+                               tooltip="More such pictures. Best is what the model makes by itself: VAE Decode of samples under the empty "
+                                       "prompt. Without retain_set and images, phrases that fit any picture may get in. Optional."),
+            ],
+            outputs=[
+                io.String.Output(display_name="text", tooltip="The chosen phrases, for CLIP Text Encode. Empty where no phrase tells the "
+                                                              "pictures apart; table says why."),
+                io.String.Output(display_name="table", tooltip="Each phrase, best first: its score, the shares of pictures that it fits "
+                                                               "best, and whether it was chosen."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, negation_set, phrases, count, preview, retain_set=None, images=None) -> io.NodeOutput:
+        others = [retain_set, None if images is None else NegationSet.from_images(images)]
+        contrast = [embed(clip, one) for one in others if one is not None]
+        found = describe(clip, embed(clip, negation_set), phrases, torch.cat(contrast) if contrast else None, count)
+        title, best = found.text or "no phrase chosen, see table", found.best.tolist()
+        Live().send(found.table)
+        groups = [[i for i, phrase in enumerate(best) if phrase == one] for one in found.chosen]
+        groups.append([i for i, phrase in enumerate(best) if phrase not in found.chosen])
+        words = [found.phrases[i] for i in best]
+        return io.NodeOutput(found.text, found.table, ui=sheet(negation_set, groups, found.fits, words, title, preview, cls))
+
+
+NODES = [DescribeNegationSet]
