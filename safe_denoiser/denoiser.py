@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import methods, witness
+from . import methods
 from .bank import Bank
 from .calibration import Calibration, calibrate, temperature_for
 from .kernel import Posterior, posterior, rows, squared_distances
+from .gaussian import Gaussian, fit
 from .parts import Located, choose, windows
+from .prediction import Correction, Prediction, largest
+from .witness import PRIOR, ByWitness
 
 METHODS = ("safe_denoiser", "spell", "official", "official_sd3", "sgf")
 WEIGHTS = ("auto", "evidence", "retain", "gate", "unconditional", "reference", "ratio_beta", "tracked", "triangle", "constant", "witness")
@@ -39,10 +42,11 @@ class Step:
         posterior: r = P(unsafe | x), the highest of the windows where there are several; beta for the methods that have no r, or their
             own gate (B,).
         correction: |safe_denoised - denoised| / |denoised| (B,).
-        nearest: index of the bank item that weighs most (B,).
+        nearest: index of the bank item that weighs most (B,), -1 where no bank was asked.
         clamped: r or beta hit its ceiling (B,), bool.
         fallback: the prediction or its correction was not finite, so the prediction was returned unchanged (B,), bool.
         omitted: weight of the bank items that E_u leaves out to save time (B,), see `posterior`.
+        projection: t, the share of the unwanted prediction in the prompt's (B,), see `witness`; NaN where there was none to ask.
     """
 
     sigma: Tensor
@@ -53,36 +57,7 @@ class Step:
     clamped: Tensor
     fallback: Tensor
     omitted: Tensor
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One model call, flat: x, denoised (B, D), sigma, alpha (B,), and what guidance made it of (B, D), where there is guidance."""
-
-    x: Tensor
-    denoised: Tensor
-    sigma: Tensor
-    alpha: Tensor
-    unconditional: Tensor | None = None
-    conditional: Tensor | None = None
-    unwanted: Tensor | None = None
-    neutral: Tensor | None = None
-
-    @property
-    def guides(self) -> tuple[Tensor | None, ...]:
-        """What the model predicted beside `denoised`, in the order of `safe`'s arguments."""
-        return self.unconditional, self.conditional, self.unwanted, self.neutral
-
-
-@dataclass(frozen=True)
-class Correction:
-    """A method's answer: `direction` to add to denoised (B, D), and what the report wants to know of it, (B,) each."""
-
-    direction: Tensor
-    posterior: Tensor
-    nearest: Tensor
-    clamped: Tensor
-    omitted: Tensor
+    projection: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +141,9 @@ class SafeDenoiser:
         for name, choices in (("method", METHODS), ("weight", WEIGHTS), ("push", PUSHES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        if self.bank is None and (self.method != "safe_denoiser" or self.weight not in ("auto", "witness")):
+            what = f"method {self.method!r}" if self.method != "safe_denoiser" else f"weight {self.weight!r}"
+            raise ValueError(f"{what} needs a negation bank; connect one, or choose method 'safe_denoiser' and weight 'auto'")
         for weights, bank, name in ((("evidence", "reference"), self.reference, "reference"), (("retain",), self.retain, "retain")):
             if self.weight in weights and bank is None:
                 raise ValueError(f"weight {self.weight!r} needs a {name} bank; connect one or choose weight 'auto'")
@@ -270,7 +248,7 @@ class SafeDenoiser:
         """The correction of one prediction at strength 1."""
         if self.method != "safe_denoiser":
             return self._neighbour(p)
-        if self.weight == "witness" or self.weight == "auto" and p.unwanted is not None:
+        if self._hears(p):
             return self._by_witness(p)
         if self.inside:
             return self._by_parts(p)
@@ -285,18 +263,21 @@ class SafeDenoiser:
             return self._by_beta(p, unsafe, self._beta(weight, p, unsafe))
         return self._by_posterior(weight, p, unsafe)
 
+    @cached_property
+    def witness(self) -> ByWitness:
+        """The rule that hears the model's prediction under the unwanted condition. The widest set of pictures at hand is its metric."""
+        widest = self.reference or self.retain or self.bank
+        model = widest and fit(widest)
+        return ByWitness(model, model is not None and self.reference is not None, self.prior or PRIOR, self.posterior_max)
+
+    def _hears(self, p: Prediction) -> bool:
+        """Whether the model itself is asked, and not the banks."""
+        return self.weight == "witness" or self.weight == "auto" and (p.unwanted is not None or self.bank is None)
+
     def _by_witness(self, p: Prediction) -> Correction:
-        """The theorem with the model's own prediction under the unwanted condition as E_u."""
         if p.unwanted is None:
             raise ValueError("weight 'witness' needs a prediction under the unwanted condition; connect unwanted, or choose weight 'auto'")
-        asked = p.denoised if p.conditional is None else p.conditional
-        zero = p.unconditional if p.neutral is None else p.neutral
-        t, r = witness.posterior(asked, torch.zeros_like(asked) if zero is None else zero, p.unwanted, self.posterior_max)
-        direction = witness.from_witness(asked, p.unwanted, r)
-        if p.unconditional is not None and p.conditional is not None:
-            direction = witness.gain(p.denoised, p.conditional, p.unconditional).clamp_min(1)[:, None] * direction
-        none = torch.zeros_like(r)
-        return Correction(direction, r, none.long(), t > self.posterior_max, none)
+        return self.witness.correct(p, self._memory)
 
     def _by_parts(self, p: Prediction, mask: Tensor | None = None) -> Correction:
         """The correction of each window by itself; where windows overlap, the mean of theirs, weighed by r. With a mask (B, D) r counts
@@ -375,11 +356,7 @@ class SafeDenoiser:
         if p.conditional is not None:
             pull = methods.pull(p.conditional, p.unconditional, unsafe_denoised, other_denoised, error)
             release = ((pull - RELEASE[0]) / (RELEASE[1] - RELEASE[0])).clamp(0, 1)
-        before = self._memory.get("released")
-        if before is not None and before[0].shape == p.sigma.shape:
-            release = torch.where(p.sigma <= before[0], torch.maximum(release, before[1]), release)
-        self._memory["released"] = p.sigma, release
-        return release
+        return largest(self._memory, "released", p.sigma, release)
 
     def _meant(self, p: Prediction) -> Tensor:
         """log p_u - log p_retain, (B,), by what the prediction means."""
@@ -445,9 +422,10 @@ class SafeDenoiser:
         With root = sqrt(m) that is |root x - root y|^2, so each method works unchanged on inputs and banks multiplied by root. The
         kernel keeps the bandwidth of the whole bank, which is a length per element.
         """
-        root = mask.to(torch.promote_types(mask.dtype, torch.float32)).sqrt()
         if self.bank is None:
-            return replace(self, root=root)
+            return replace(self, retain=self.retain and self.retain.masked(mask.sqrt()),
+                           reference=self.reference and self.reference.masked(mask.sqrt()), root=mask.sqrt())
+        root = mask.to(torch.promote_types(self.bank.latents.dtype, torch.float32)).sqrt()
         bank = self.bank.normalised() if self.method.startswith("official") else self.bank
         return replace(self, bank=bank.masked(root), retain=self.retain and self.retain.masked(root),
                        reference=self.reference and self.reference.masked(root), bandwidth=self.kernel_bandwidth, semantic=None,
@@ -468,9 +446,9 @@ class SafeDenoiser:
                                     for y in (p.x, p.denoised, *p.guides))
             part = inside.correct(Prediction(x, denoised, p.sigma[index], p.alpha[index], *guides))
             whole = torch.where(inside.root > 0, part.direction / inside.root, 0)
-            parts.append((whole, part.posterior, part.nearest, part.clamped, part.omitted))
+            parts.append((whole, part.posterior, part.nearest, part.clamped, part.omitted, part.projection))
         order = torch.cat([index for index, _ in self._memory["parts"]]).argsort()
-        return Correction(*(torch.cat(values)[order] for values in zip(*parts)))
+        return Correction(*(values[0] if values[0] is None else torch.cat(values)[order] for values in zip(*parts)))
 
     @torch.no_grad()
     def safe(self, x: Tensor, denoised: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0,
@@ -510,7 +488,7 @@ class SafeDenoiser:
             correction = self.correct(prediction)
         else:
             mask = self._frames(mask.expand_as(x))[0].flatten(1).to(dtype)
-            by_parts = self.inside and unwanted is None
+            by_parts = not self._hears(prediction) and self.inside
             correction = self._by_parts(prediction, mask) if by_parts else self.correct_inside(mask, prediction)
         corrected = predicted + self.strength * correction.direction
         finite = torch.isfinite(corrected).all(1)
@@ -523,8 +501,9 @@ class SafeDenoiser:
         """What the report will say of a correction."""
         size = abs(self.strength) * correction.direction.norm(dim=1) / predicted.norm(dim=1).clamp_min(1e-12)
         values = (correction.posterior, size, correction.nearest)
+        t = torch.full_like(sigma, math.nan) if correction.projection is None else correction.projection
         return Step(sigma, active, *(torch.where(active, value, 0) for value in values), clamped=active & correction.clamped,
-                    fallback=fallback, omitted=torch.where(active, correction.omitted, 0))
+                    fallback=fallback, omitted=torch.where(active, correction.omitted, 0), projection=t)
 
     def _frames(self, x: Tensor):
         """x as a batch of things the size of a bank item, and the way back."""

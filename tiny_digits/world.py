@@ -85,28 +85,31 @@ class TinyDigits:
     def __init__(self):
         self.model, self.vae, self.judge = load(MMDiT), load(TAESD), load(Classifier)
 
-    def denoised(self, x, sigma, label, cfg):
-        """E[x0 | x] after classifier-free guidance, and what it is made of: under the empty prompt (None at cfg 1), under `label`."""
-        s = sigma.view(-1, 1, 1, 1)
+    def denoised(self, x, sigma, label, cfg, **conditions):
+        """E[x0 | x] after classifier-free guidance, and what it is made of, by name as `SafeDenoiser.safe` takes it: `conditional` under
+        `label`, above cfg 1 `unconditional` under the empty prompt, and one for each of `conditions`, which are labels like `label`.
+        """
+        labels = {"conditional": label, **conditions} | ({} if cfg == 1 else {"unconditional": torch.zeros_like(label)})
+        count, s = len(labels), sigma.view(-1, 1, 1, 1)
+        rows = torch.cat([one.expand(len(x), -1) for one in labels.values()])
+        flow = self.model(x.repeat(count, 1, 1, 1), sigma.repeat(count), rows)
+        made = {name: x - s * v for name, v in zip(labels, flow.chunk(count))}
         if cfg == 1:
-            positive = x - s * self.model(x, sigma, label)
-            return positive, None, positive
-        both = self.model(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([label, torch.zeros_like(label)]))
-        positive, empty = (x - s * v for v in both.chunk(2))
-        return empty + cfg * (positive - empty), empty, positive
+            return made["conditional"], made
+        return made["unconditional"] + cfg * (made["conditional"] - made["unconditional"]), made
 
     @torch.inference_mode()
-    def sample(self, noise, label, cfg=2.0, steps=20, safe=None):
-        """Euler sampler of the flow (noise at sigma 1, alpha = 1 - sigma); `safe(x, denoised, sigma, alpha, unconditional,
-        conditional)` may correct each prediction, as `SafeDenoiser.safe` does. Returns model-space latents shaped like `noise`.
+    def sample(self, noise, label, cfg=2.0, steps=20, safe=None, **conditions):
+        """Euler sampler of the flow (noise at sigma 1, alpha = 1 - sigma); `safe(x, denoised, sigma, alpha, ...)` may correct each
+        prediction, as `SafeDenoiser.safe` does; `conditions` are the labels of `unwanted` and `neutral`. Returns model-space latents
+        shaped like `noise`.
         """
         x, label = noise, label.expand(len(noise), -1)
         schedule = sigmas(steps)
         for sigma, following in zip(schedule[:-1], schedule[1:]):
-            denoised, empty, positive = self.denoised(x, sigma.expand(len(x)), label, cfg)
+            denoised, made = self.denoised(x, sigma.expand(len(x)), label, cfg, **(conditions if safe is not None else {}))
             if safe is not None:
-                denoised, _ = safe(x, denoised, sigma.expand(len(x)), alpha=1 - sigma, unconditional=empty,
-                                   conditional=positive)
+                denoised, _ = safe(x, denoised, sigma.expand(len(x)), alpha=1 - sigma, **made)
             x = x + (x - denoised) / sigma * (following - sigma)
         return x
 

@@ -1,0 +1,95 @@
+"""A bank as one Gaussian: mean and shrunk covariance, which need no more than the bank's Gram matrix."""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .bank import Bank
+
+ITEMS = 512  # of a larger bank that are looked at: a covariance is told by few, and their Gram matrix is decomposed
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """N(mean, Sigma) with Sigma = V diag(variances) V^T + rest I, in flat latents.
+
+    Args:
+        mean: (D,). axes: V^T, orthonormal rows (K, D), K < N. variances: along the axes beyond `rest`, (K,). rest: along all others.
+        count: of the pictures that told it; with weights, of as many equal ones as tell as much.
+    """
+
+    mean: Tensor
+    axes: Tensor
+    variances: Tensor
+    rest: Tensor
+    count: Tensor
+
+    @property
+    def chance(self) -> Tensor:
+        """Expected <mean - m, whitened(mean - m)> = rest tr(Sigma^-1 Sigma) / count for the true mean m: what few pictures get wrong."""
+        return self.rest * len(self.mean) / self.count
+
+    @property
+    def level(self) -> Tensor:
+        """tr Sigma / D: the variance of one number."""
+        return self.rest + self.variances.sum() / len(self.mean)
+
+    def _filtered(self, v: Tensor, along: Tensor, others: Tensor) -> Tensor:
+        """v with its part along each axis multiplied by `along` (..., K), and what is left by `others` (..., 1)."""
+        return others * v + ((along - others) * (v @ self.axes.T)) @ self.axes
+
+    def whitened(self, v: Tensor) -> Tensor:
+        """Sigma^-1 v, times `rest`, for v (B, D): what all pictures differ in counts less, what few differ in counts."""
+        one = torch.ones_like(self.rest)
+        return self._filtered(v, self.rest / (self.variances + self.rest), one)
+
+    def denoised(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        """E[x0 | x] = mean + alpha Sigma (alpha^2 Sigma + sigma^2 I)^-1 (x - alpha mean), (B, D): the Wiener filter.
+
+        Args:
+            x: (B, D). sigma, alpha: (B,).
+        """
+        noise, scale = sigma.square()[:, None], alpha[:, None]
+        whole = self.variances + self.rest
+        gains = (scale * one / (scale.square() * one + noise) for one in (whole, self.rest))
+        return self.mean + self._filtered(x - scale * self.mean, *gains)
+
+    def log_density(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        """log N(x; alpha mean, alpha^2 Sigma + sigma^2 I) up to what all Gaussians of this D share at this noise level, (B,).
+
+        The noise's own share of the squares, sigma^2 D, is taken off before they are summed, as in `kernel.posterior`.
+        """
+        noise, scale = sigma.square()[:, None], alpha[:, None]
+        z = x - scale * self.mean
+        along, all_along = z @ self.axes.T, scale.square() * (self.variances + self.rest) + noise  # (B, K)
+        others = scale.square() * self.rest + noise  # (B, 1)
+        squares = ((z.square() - noise).sum(1) + z.shape[1] * noise[:, 0] - along.square().sum(1)) / others[:, 0]
+        squares = squares + (along.square() / all_along).sum(1) - z.shape[1]
+        logs = (all_along / noise).log().sum(1) + (z.shape[1] - len(self.axes)) * (others / noise).log()[:, 0]
+        return -0.5 * (squares + logs)
+
+
+def fit(bank: Bank) -> Gaussian | None:
+    """The bank's mean and Ledoit-Wolf covariance, or None where its items do not differ.
+
+        Sigma = (1 - delta) S + delta m I,   m = tr S / D,   delta = min(1, (sum_n w_n^2 |z_n|^4 - sum_n w_n^2 |S|_F^2) / |S - m I|_F^2)
+
+    with z_n = y_n - mean and weights w_n. Source: Ledoit and Wolf, J. Multivariate Analysis 88 (2004), from the Gram matrix <z_n, z_m>,
+    so that nothing of size D x D is ever made.
+    """
+    some = bank.sample(ITEMS)
+    y = some.latents[:].flatten(1).to(torch.promote_types(some.latents.dtype, torch.float32))
+    weights = some.log_weights.exp().to(y)
+    mean = weights @ y
+    z = weights.sqrt()[:, None] * (y - mean)
+    values, vectors = torch.linalg.eigh(z @ z.T)
+    kept = values > values[-1] * 1e-5
+    values, vectors = values[kept], vectors[:, kept]
+    if len(y) < 2 or not bool(values[-1] > 0):
+        return None
+    level, squares, size = values.sum() / y.shape[1], values.square().sum(), y.shape[1]
+    noise = z.square().sum(1).square().sum() - weights.square().sum() * squares
+    spread = squares - level.square() * size
+    shrink = (noise / spread.clamp_min(1e-30)).clamp(1e-3, 1)  # never 0: directions that no item shows have a variance too
+    return Gaussian(mean, (vectors / values.sqrt()).T @ z, (1 - shrink) * values, shrink * level,
+                    1 / weights.square().sum())
