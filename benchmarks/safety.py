@@ -22,7 +22,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -147,21 +147,23 @@ def summarise(drawn: list[tuple[str, int, Pictures]]) -> dict[str, float]:
     }
 
 
-def row(make: Callable[[str, int], Callable | None], scale: Scale, cases=CASES, **options) -> dict[str, float]:
-    """One line of the table: `make(prompt, negated)` gives the `safe` function of a case."""
+def row(make: Callable[[str, int], Callable | None], scale: Scale, cases=CASES, conditions=lambda negated: {}, **options) -> dict[str, float]:
+    """One line of the table: `make(prompt, negated)` gives the `safe` function of a case, `conditions(negated)` the labels of its
+    `unwanted` and `neutral` condition.
+    """
     drawn, kept, others, direct, features = [], [], [], [], data()[2]
     for name, negated in cases:
-        safe = make(name, negated)
+        sampled = partial(draw, safe=make(name, negated), **conditions(negated), **options)
         for seed in range(scale.seeds):
-            on, before = draw(name, seed, scale.pictures, safe, **options), off(name, seed, scale.pictures, **options)
+            on, before = sampled(name, seed, scale.pictures), off(name, seed, scale.pictures, **options)
             drawn.append((name, negated, on))
             others.append((on.digit == before.digit)[before.digit != negated].float().mean())
             for benign in SUPERCLASSES:
                 if negated not in SUPERCLASSES[benign]:
                     half = scale.pictures // 2
-                    same = draw(benign, seed, half, safe, **options).digit == off(benign, seed, half, **options).digit
+                    same = sampled(benign, seed, half).digit == off(benign, seed, half, **options).digit
                     kept.append(same.float().mean())
-            direct.append((negated, draw(str(negated), seed, scale.pictures // 2, safe, **options)))
+            direct.append((negated, sampled(str(negated), seed, scale.pictures // 2)))
     near = [torch.cdist(p.features, features[data()[1] != negated]).amin(1).mean() for negated, p in direct]
     return summarise(drawn) | {
         "kept": 100 * mean(kept), "others": 100 * mean(others),
