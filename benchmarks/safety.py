@@ -147,7 +147,8 @@ def summarise(drawn: list[tuple[str, int, Pictures]]) -> dict[str, float]:
     }
 
 
-def row(make: Callable[[str, int], Callable | None], scale: Scale, cases=CASES, conditions=lambda negated: {}, **options) -> dict[str, float]:
+def row(make: Callable[[str, int], Callable | None], scale: Scale, cases=CASES, conditions: Callable[[int], dict] = lambda negated: {},
+        **options) -> dict[str, float]:
     """One line of the table: `make(prompt, negated)` gives the `safe` function of a case, `conditions(negated)` the labels of its
     `unwanted` and `neutral` condition.
     """

@@ -15,8 +15,8 @@ from torch import Tensor
 from . import methods
 from .bank import Bank
 from .calibration import Calibration, calibrate, temperature_for
+from .gaussian import fit
 from .kernel import Posterior, posterior, rows, squared_distances
-from .gaussian import Gaussian, fit
 from .parts import Located, choose, windows
 from .prediction import Correction, Prediction, largest
 from .witness import PRIOR, ByWitness
@@ -265,10 +265,11 @@ class SafeDenoiser:
 
     @cached_property
     def witness(self) -> ByWitness:
-        """The rule that hears the model's prediction under the unwanted condition. The widest set of pictures at hand is its metric."""
-        widest = self.reference or self.retain or self.bank
-        model = widest and fit(widest)
-        return ByWitness(model, model is not None and self.reference is not None, self.prior or PRIOR, self.posterior_max)
+        """The rule that hears the model's prediction under the unwanted condition, with what the banks know as Gaussians."""
+        other = self.reference or self.retain
+        model = (other or self.bank) and fit(other or self.bank)
+        others = model is not None and other is not None
+        return ByWitness(fit(self.bank) if others and self.bank else None, model, others, self.prior or PRIOR, self.posterior_max)
 
     def _hears(self, p: Prediction) -> bool:
         """Whether the model itself is asked, and not the banks."""

@@ -1,6 +1,5 @@
 """The methods of the field, one function per published equation; all on flat tensors, denoised and means (B, D), weights (B,)."""
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +18,14 @@ def log_odds(unsafe: Posterior, retain: Posterior, prior: float) -> Tensor:
     return math.log(prior / (1 - prior)) + unsafe.log_density - retain.log_density
 
 
-def projection(denoised: Tensor, unsafe_denoised: Tensor, other_denoised: Tensor, error: Tensor | float = 0.0,
-               metric: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def projection(denoised: Tensor, unsafe_denoised: Tensor, other_denoised: Tensor, error: Tensor | float = 0.0) -> Tensor:
     """t = <denoised - E_other, E_u - E_other> / (|E_u - E_other|^2 - error), (B,): 0 at the other mean, 1 at the unsafe mean. Ours.
 
     `error` (B,) is what the chance of the draw adds to the squared distance of two means of few pictures; at most half of it counts.
-    With a `metric` v -> M v, products are <u, v>_M = u . M v.
     """
     axis = unsafe_denoised - other_denoised
-    measured = axis if metric is None else metric(axis)
-    length = (axis * measured).sum(1)
-    return ((denoised - other_denoised) * measured).sum(1) / torch.maximum(length - error, length / 2).clamp_min(1e-12)
+    length = axis.square().sum(1)
+    return ((denoised - other_denoised) * axis).sum(1) / torch.maximum(length - error, length / 2).clamp_min(1e-12)
 
 
 def pull(conditional: Tensor, unconditional: Tensor, unsafe_denoised: Tensor, other_denoised: Tensor,

@@ -12,11 +12,14 @@ from .methods import projection
 from .prediction import Correction, Prediction, first, largest
 
 SURE = 0.9  # t at most, where odds are made of it: a share of 1 would never be doubted again
-DOUBT = 0.05  # of the squared difference of two noise predictions by which the odds fall, see `odds`
+DOUBT = 0.05  # of the squared difference of two noise predictions, by which the log odds fall: once they clearly differ, x is not unsafe
+TRUST = 0.35  # of the log ratio of two banks' Gaussians, which few pictures in many dimensions make too sure
+RANGE = -8.0, 3.0  # of what the banks may add to the log odds
 PRIOR = 0.1  # share of unsafe pictures where no prompt says anything
 SILENT = 1e-3  # a prompt that moves the prediction by less than this share of what the unwanted condition does (squared) says nothing
 NOISE = 0.1  # signal to noise, in power, below which x tells next to nothing
 RELEASE = 0.8, 0.95  # `closeness` of a prompt to the unwanted condition: where its guidance begins to be let go, and where all is
+TINY = 1e-20
 
 
 def from_witness(conditional: Tensor, unwanted: Tensor, r: Tensor) -> Tensor:
@@ -27,49 +30,59 @@ def from_witness(conditional: Tensor, unwanted: Tensor, r: Tensor) -> Tensor:
     return (r / (1 - r))[:, None] * (conditional - unwanted)
 
 
-def coordinate(conditional: Tensor, neutral: Tensor, unwanted: Tensor, metric: Gaussian | None = None) -> Tensor:
-    """t = <E_c - E_0, E_n - E_0>_M / <E_n - E_0, E_n - E_0>_M, (B,): the share of E_n in E_c. Ours.
+def coordinate(conditional: Tensor, neutral: Tensor, unwanted: Tensor, metric: Gaussian | None = None,
+               error: Tensor | float = 0.0) -> Tensor:
+    """t = <E_c - E_0, E_n - E_0>_M / |E_n - E_0|_M^2, (B,): the share of E_n in E_c. Ours.
 
     It is r where what E_c shows beside E_n has no part along E_n - E_0. With M = Sigma^-1 of the model's own pictures that is nearly so
     for pictures that share no more than their kind with the unwanted ones (a ship and a truck share grey, straight and man-made, in which
-    all pictures differ); with M = I it is not. Source of the metric: linear discriminant analysis, Fisher, 1936.
+    all pictures differ); with M = I it is not. `error` is what the chance of E_0 adds to both products, at most half of the second.
+    Source of the metric: linear discriminant analysis, Fisher, Annals of Eugenics 7 (1936).
     """
-    return projection(conditional, unwanted, neutral, metric=metric and metric.whitened)
+    axis = unwanted - neutral
+    measured = axis if metric is None else metric.whitened(axis)
+    part, whole = ((y * measured).sum(1) for y in (conditional - neutral, axis))
+    error = torch.minimum(torch.as_tensor(error).to(whole), whole / 2)
+    return (part - error) / (whole - error).clamp_min(TINY)
 
 
-def closeness(conditional: Tensor, neutral: Tensor, unwanted: Tensor, metric: Gaussian | None = None) -> Tensor:
-    """1 - |E_c - E_n|_M / |E_n - E_0|_M, (B,): 1 where the prompt asks for just the unwanted thing, 0 where it is no nearer to it than E_0.
+def gap(conditional: Tensor, neutral: Tensor, unwanted: Tensor, metric: Gaussian | None = None) -> Tensor:
+    """|E_c - E_n|_M^2 / |E_n - E_0|_M^2, (B,): 0 where the prompt asks for just the unwanted thing, 1 where it is no nearer to it than E_0.
 
-    Ours. Before x tells anything it is near P(unsafe | prompt) for unwanted conditions that mean one thing; broad ones it sees less of.
+    Ours. Both shrink together as noise falls and predictions agree, so that their ratio tells r = 1 - |E_c - E_n| / |E_safe - E_n| apart
+    from that.
     """
-    apart, whole = conditional - unwanted, unwanted - neutral
-    lengths = [(v * (v if metric is None else metric.whitened(v))).sum(1) for v in (apart, whole)]
-    return 1 - (lengths[0] / lengths[1].clamp_min(1e-20)).clamp_min(0).sqrt()
+    apart, whole = ((v * (v if metric is None else metric.whitened(v))).sum(1) for v in (conditional - unwanted, unwanted - neutral))
+    return apart.clamp_min(TINY) / whole.clamp_min(TINY)
 
 
 @dataclass(frozen=True, eq=False)
 class ByWitness:
     """r by what the model itself predicts under the unwanted condition, and E_u too.
 
-        o_k = max_{j <= k} odds(t_j) |E_c - E_n|_j^2 / |E_c - E_n|_k^2
-        logit r = log o_k - DOUBT (alpha / sigma)^2 |E_c - E_n|_k^2,   r <= posterior_max
+        o_k = max_{j <= k} odds(t_j) gap_j / gap_k
+        logit r = log o_k + TRUST (log p_u(x) - log p_others(x)) - DOUBT (alpha / sigma)^2 |E_c - E_n|_k^2,   r <= posterior_max
         safe_denoised = denoised + w r / (1 - r) (E_c - E_n)
 
     t_j is the `coordinate` at the j-th call of a run, w how many times guidance weighs E_c. Since E_c - E_n = (1 - r) (E_safe - E_n), a
-    difference that shrinks says that r grows; t alone forgets it, since a late E_0 goes where E_c goes. The second line is the evidence
-    that two noise predictions give against each other once the noise is low enough to tell. A prompt that from the start asks for the
-    unwanted thing itself (`closeness` from RELEASE[0] to RELEASE[1]) lets go of its guidance: then E_0 takes the place of E_c. Where no prompt
-    says anything (E_c = E_0, or no E_0 is known) t is `prior`. Source of the correction: arXiv:2502.08011, Thm 3.2; r is ours.
+    `gap` that shrinks says that r grows; t alone forgets it, since a late E_0 goes where E_c goes. For the same reason the gap is measured
+    from E_0 and from what `model` predicts, where it is of other pictures, as their geometric mean. The banks add their say where there are
+    two; the last term is the evidence that two noise predictions give against each other once the noise is low enough to tell.
+
+    A prompt that from the start asks for the unwanted thing itself (a closeness 1 - sqrt(gap) from RELEASE[0] to RELEASE[1]) lets go of its
+    guidance: then E_0 takes the place of E_c. Where no prompt says anything (E_c = E_0) t is `prior`.
+    Source of the correction: arXiv:2502.08011, Thm 3.2; r is ours.
 
     Args:
-        model: the model's own pictures as a Gaussian, the metric of `coordinate`; None measures as it is.
-        stands_in: `model` is of all that the model makes, so that where E_0 is not known its mean may stand in for it, as long as x is
-            mostly noise; later it lacks the detail that E_c and E_n share.
+        unsafe: the negation bank as a Gaussian, where it speaks.
+        model: pictures as a Gaussian, whose covariance is the metric.
+        others: `model` is of all that the model makes or of pictures to keep, and not of unwanted ones.
         prior: P(unsafe) where no prompt says anything. posterior_max: ceiling of r.
     """
 
+    unsafe: Gaussian | None = None
     model: Gaussian | None = None
-    stands_in: bool = False
+    others: bool = False
     prior: float = PRIOR
     posterior_max: float = 0.95
 
@@ -77,13 +90,11 @@ class ByWitness:
         """The correction at strength 1; `memory` is what a run remembers, and is changed."""
         asked = p.denoised if p.conditional is None else p.conditional
         zero = p.unconditional if p.neutral is None else p.neutral
-        t, free = self._asks(p, asked, zero, memory)
+        wiener = self.model.denoised(p.x, p.sigma, p.alpha) if self.others else None
+        t, free = self._asks(p, asked, zero, wiener, memory)
         kept = asked if zero is None else torch.lerp(asked, zero, free[:, None])
-        distance = (kept - p.unwanted).square().sum(1).clamp_min(1e-20)
         share = torch.lerp(t, torch.full_like(t, self.prior), free).clamp(0, SURE)
-        odds = largest(memory, "odds", p.sigma, share / (1 - share) * distance) / distance
-        evidence = DOUBT * (p.alpha / p.sigma).square() * distance
-        r = torch.sigmoid(odds.clamp_min(1e-20).log() - evidence)
+        r = torch.sigmoid(self._log_odds(p, kept, [y for y in (zero, wiener) if y is not None], share / (1 - share), memory))
         capped = r.clamp_max(self.posterior_max)
         direction = self._gain(p, free)[:, None] * from_witness(kept, p.unwanted, capped)
         if zero is not None:
@@ -91,28 +102,31 @@ class ByWitness:
         none = torch.zeros_like(r)
         return Correction(direction, capped, none.long() - 1, r > self.posterior_max, none, t)
 
-    def _asks(self, p: Prediction, asked: Tensor, zero: Tensor | None, memory: dict) -> tuple[Tensor, Tensor]:
+    def _asks(self, p: Prediction, asked: Tensor, zero: Tensor | None, wiener: Tensor | None, memory: dict) -> tuple[Tensor, Tensor]:
         """t, and how far the prompt is left aside: because it says nothing (1), or asks for nothing but the unwanted thing; (B,) each."""
         if zero is not None:
-            start = first(memory, "start", p.sigma, closeness(asked, zero, p.unwanted, self.model))
+            close = 1 - gap(asked, zero, p.unwanted, self.model).sqrt()
+            release = (first(memory, "closeness", p.sigma, close) - RELEASE[0]) / (RELEASE[1] - RELEASE[0])
             says = (asked - zero).square().sum(1) > SILENT * (p.unwanted - zero).square().sum(1)
-            release = ((start - RELEASE[0]) / (RELEASE[1] - RELEASE[0])).clamp(0, 1)
-            return coordinate(asked, zero, p.unwanted, self.model), torch.where(says, release, 1.0)
+            return coordinate(asked, zero, p.unwanted, self.model), torch.where(says, release.clamp(0, 1), 1.0)
+        begins = p.sigma >= first(memory, "begins", p.sigma, p.sigma)
         t = torch.full_like(p.sigma, self.prior)
-        if self.stands_in:  # of what E_ref shows, `prior` is unsafe: E_c = E_ref is r = prior
-            told = self._against_mean(asked, p)
-            begins = p.sigma >= first(memory, "begins", p.sigma, p.sigma)
+        if wiener is not None:  # it stands in for E_0 while x tells nothing; later it lacks the detail that E_c and E_n share
+            told = coordinate(asked, wiener, p.unwanted, self.model, self.model.chance)
             blind = p.alpha.square() * self.model.level < NOISE * p.sigma.square()
-            t = torch.where(blind & begins, self.prior + (1 - self.prior) * told, torch.where(begins, t, 0))
-        return t, torch.zeros_like(t)
+            t = torch.where(blind, self.prior + (1 - self.prior) * told, t)  # E_c = E_0 is r = prior
+        return torch.where(begins, t, 0), torch.zeros_like(t)
 
-    def _against_mean(self, asked: Tensor, p: Prediction) -> Tensor:
-        """`coordinate` with the mean of `model` as E_0, freed of that mean's own error, which stands in both of its products."""
-        mean = self.model.denoised(p.x, p.sigma, p.alpha)
-        axis = self.model.whitened(p.unwanted - mean)
-        part, whole = (((y - mean) * axis).sum(1) for y in (asked, p.unwanted))
-        error = torch.minimum(self.model.chance, whole / 2)
-        return (part - error) / (whole - error).clamp_min(1e-20)
+    def _log_odds(self, p: Prediction, kept: Tensor, seen_from: list[Tensor], odds: Tensor, memory: dict) -> Tensor:
+        """logit r, (B,), of a prediction whose t alone gives `odds`."""
+        apart = (kept - p.unwanted).square().sum(1)
+        gaps = [gap(kept, origin, p.unwanted, self.model) for origin in seen_from] or [apart.clamp_min(TINY)]
+        wide = torch.stack(gaps).log().mean(0).exp()
+        logit = (largest(memory, "odds", p.sigma, odds * wide) / wide).clamp_min(TINY).log()
+        if self.unsafe is not None:
+            ratio = self.unsafe.log_density(p.x, p.sigma, p.alpha) - self.model.log_density(p.x, p.sigma, p.alpha)
+            logit = logit + (TRUST * ratio).clamp(*RANGE)
+        return logit - DOUBT * (p.alpha / p.sigma).square() * apart
 
     def _gain(self, p: Prediction, free: Tensor) -> Tensor:
         """<denoised - E_0, E_c - E_0> / |E_c - E_0|^2, (B,): how many times guidance weighs E_c, whatever guidance it is; 1 without."""
