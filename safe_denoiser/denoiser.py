@@ -136,6 +136,7 @@ class SafeDenoiser:
     parts: int | None = None
     root: Tensor | None = None
     _memory: dict = field(default_factory=dict, init=False, repr=False)  # the latest mask; the previous call, where a run is followed
+    _run: dict = field(default_factory=dict, init=False, repr=False)  # what a run remembers of each row, see `prediction.first`
 
     def __post_init__(self):
         for name, choices in (("method", METHODS), ("weight", WEIGHTS), ("push", PUSHES)):
@@ -278,7 +279,7 @@ class SafeDenoiser:
     def _by_witness(self, p: Prediction) -> Correction:
         if p.unwanted is None:
             raise ValueError("weight 'witness' needs a prediction under the unwanted condition; connect unwanted, or choose weight 'auto'")
-        return self.witness.correct(p, self._memory)
+        return self.witness.correct(p, self._run)
 
     def _by_parts(self, p: Prediction, mask: Tensor | None = None) -> Correction:
         """The correction of each window by itself; where windows overlap, the mean of theirs, weighed by r. With a mask (B, D) r counts
@@ -357,7 +358,7 @@ class SafeDenoiser:
         if p.conditional is not None:
             pull = methods.pull(p.conditional, p.unconditional, unsafe_denoised, other_denoised, error)
             release = ((pull - RELEASE[0]) / (RELEASE[1] - RELEASE[0])).clamp(0, 1)
-        return largest(self._memory, "released", p.sigma, release)
+        return largest(self._run, "released", p.sigma, release)
 
     def _meant(self, p: Prediction) -> Tensor:
         """log p_u - log p_retain, (B,), by what the prediction means."""
@@ -440,7 +441,11 @@ class SafeDenoiser:
         """
         if self._memory.get("mask") is None or not torch.equal(self._memory["mask"], mask):
             kinds, kind = mask.unique(dim=0, return_inverse=True)
-            self._memory.update(mask=mask, parts=[((kind == k).nonzero()[:, 0], self.masked(m)) for k, m in enumerate(kinds)])
+            parts = [((kind == k).nonzero()[:, 0], self.masked(m)) for k, m in enumerate(kinds)]
+            for name, kept in self._remembered_inside().items():
+                for index, inside in parts:
+                    inside._run[name] = tuple(value[index] for value in kept)
+            self._memory.update(mask=mask, parts=parts)
         parts = []
         for index, inside in self._memory["parts"]:
             x, denoised, *guides = (y if y is None else y[index] * inside.root
@@ -450,6 +455,13 @@ class SafeDenoiser:
             parts.append((whole, part.posterior, part.nearest, part.clamped, part.omitted, part.projection))
         order = torch.cat([index for index, _ in self._memory["parts"]]).argsort()
         return Correction(*(values[0] if values[0] is None else torch.cat(values)[order] for values in zip(*parts)))
+
+    def _remembered_inside(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the latest masks' safe denoisers remember of this run, each row at its place."""
+        parts = self._memory.get("parts", [])
+        names = set.intersection(*(set(inside._run) for _, inside in parts)) if parts else ()
+        order = torch.cat([index for index, _ in parts]).argsort() if parts else None
+        return {name: tuple(torch.cat(values)[order] for values in zip(*(inside._run[name] for _, inside in parts))) for name in names}
 
     @torch.no_grad()
     def safe(self, x: Tensor, denoised: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0,

@@ -79,13 +79,13 @@ def fit(bank: Bank) -> Gaussian | None:
     """
     some = bank.sample(ITEMS)
     y = some.latents[:].flatten(1).to(torch.promote_types(some.latents.dtype, torch.float32))
-    weights = some.log_weights.exp().to(y)
+    weights = some.log_weights.to(y).softmax(0)
     mean = weights @ y
     z = weights.sqrt()[:, None] * (y - mean)
     values, vectors = torch.linalg.eigh(z @ z.T)
-    kept = values > values[-1] * 1e-5
+    kept = values > torch.maximum(values[-1], mean.square().sum() * torch.finfo(y.dtype).eps) * 1e-5
     values, vectors = values[kept], vectors[:, kept]
-    if len(y) < 2 or not bool(values[-1] > 0):
+    if not len(values):
         return None
     level, squares, size = values.sum() / y.shape[1], values.square().sum(), y.shape[1]
     noise = z.square().sum(1).square().sum() - weights.square().sum() * squares

@@ -1,0 +1,79 @@
+"""A bank as one Gaussian, against brute force with whole D x D matrices in double precision."""
+import pytest
+import torch
+
+from safe_denoiser import Bank
+from safe_denoiser.gaussian import fit
+
+F64 = torch.float64
+
+
+def latents(n=12, d=20, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    spread, mean = torch.linspace(0.2, 3, d, dtype=F64), torch.randn(d, generator=draw, dtype=F64)
+    return mean + spread * torch.randn(n, 1, d, generator=draw, dtype=F64)
+
+
+def covariance(g):
+    return g.axes.T @ torch.diag(g.variances) @ g.axes + g.rest * torch.eye(len(g.mean), dtype=F64)
+
+
+@pytest.mark.parametrize("weights", [None, torch.linspace(1, 3, 12, dtype=F64)])
+def test_ledoit_wolf(weights):
+    y = latents().flatten(1)
+    g = fit(Bank(y[:, None], weights=weights))
+    w = torch.full((12,), 1 / 12, dtype=F64) if weights is None else weights / weights.sum()
+    mean = w @ y
+    z = y - mean
+    S = (w[:, None] * z).T @ z
+    m = S.trace() / 20
+    identity = torch.eye(20, dtype=F64)
+    each = torch.einsum("n,nij->", w.square(), (z[:, :, None] * z[:, None] - S).square())  # sum_n w_n^2 |z_n z_n^T - S|^2, written out
+    each = each if weights is None else (w.square() * z.square().sum(1).square()).sum() - w.square().sum() * S.square().sum()
+    shrink = (each / (S - m * identity).square().sum()).clamp(1e-3, 1)
+    torch.testing.assert_close(g.mean, mean)
+    torch.testing.assert_close(covariance(g), (1 - shrink) * S + shrink * m * identity, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(g.level, m)
+    assert 0 < float(shrink) < 1 and float(g.count) == pytest.approx(float(1 / w.square().sum()))
+
+
+def test_whitened_wiener_and_density():
+    g, x = fit(Bank(latents())), latents(5, seed=3).flatten(1)
+    sigma, alpha = torch.tensor([0.1, 0.5, 1.0, 2.0, 30.0], dtype=F64), torch.tensor([1.0, 0.5, 0.0, 1.0, 1.0], dtype=F64)
+    C = covariance(g)
+    torch.testing.assert_close(g.whitened(x), g.rest * torch.linalg.solve(C, x.T).T)
+    whole = [torch.distributions.MultivariateNormal(a * g.mean, a * a * C + s * s * torch.eye(20, dtype=F64)) for s, a in zip(sigma, alpha)]
+    wiener = [g.mean + a * C @ torch.linalg.solve(d.covariance_matrix, y - a * g.mean) for a, d, y in zip(alpha, whole, x)]
+    torch.testing.assert_close(g.denoised(x, sigma, alpha), torch.stack(wiener))
+    other = fit(Bank(latents(9, seed=7)))
+    whole2 = [torch.distributions.MultivariateNormal(a * other.mean, a * a * covariance(other) + s * s * torch.eye(20, dtype=F64))
+              for s, a in zip(sigma, alpha)]
+    ratio = torch.stack([p.log_prob(y) - q.log_prob(y) for p, q, y in zip(whole, whole2, x)])
+    torch.testing.assert_close(g.log_density(x, sigma, alpha) - other.log_density(x, sigma, alpha), ratio, rtol=1e-7, atol=1e-7)
+
+
+def test_single_precision_in_high_dimension():
+    """At 4 x 64 x 64 and high noise the ratio of two densities survives single precision."""
+    draw = torch.Generator().manual_seed(0)
+    banks = [Bank(torch.randn(40, 4, 64, 64, generator=draw) + shift) for shift in (0.0, 0.05)]
+    x = 14.0 * torch.randn(3, 4 * 64 * 64, generator=draw)
+    sigma, alpha = torch.full((3,), 14.0), torch.ones(3)
+    single, double = ([fit(b.to(dtype=dtype)) for b in banks] for dtype in (torch.float32, F64))
+    found, wanted = ((p.log_density(x.to(t), sigma.to(t), alpha.to(t)) - q.log_density(x.to(t), sigma.to(t), alpha.to(t)))
+                     for (p, q), t in ((single, torch.float32), (double, F64)))
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=2e-2)
+
+
+def test_chance_is_what_a_mean_of_few_gets_wrong():
+    """Over many draws of 30 pictures of a known Gaussian."""
+    draw = torch.Generator().manual_seed(0)
+    scale, errors, told = torch.linspace(0.5, 2, 40, dtype=F64), [], []
+    for _ in range(60):
+        g = fit(Bank((torch.randn(30, 40, generator=draw, dtype=F64) * scale)[:, None]))
+        errors.append(float((g.mean * g.whitened(g.mean)).sum() / g.rest)), told.append(float(g.chance / g.rest))
+    assert sum(told) / sum(errors) == pytest.approx(1, rel=0.35)
+
+
+@pytest.mark.parametrize("bank", [Bank(torch.ones(1, 2, 3)), Bank(torch.ones(4, 2, 3))])
+def test_items_that_do_not_differ_tell_nothing(bank):
+    assert fit(bank) is None

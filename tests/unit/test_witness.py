@@ -1,0 +1,204 @@
+"""The witness: closed forms, what it remembers, what it lets go, and what nobody may lose."""
+import math
+
+import pytest
+import torch
+
+from safe_denoiser import Bank, SafeDenoiser
+from safe_denoiser.gaussian import fit
+from safe_denoiser.prediction import Prediction
+from safe_denoiser.witness import DOUBT, RELEASE, SURE, ByWitness, coordinate, from_witness, gap
+
+F64 = torch.float64
+
+
+def unit(*places, d=6):
+    v = torch.zeros(1, d, dtype=F64)
+    for i, value in places:
+        v[0, i] = value
+    return v
+
+
+ZERO, UNWANTED, SAFE = unit((0, 1.0)), unit((0, 1.0), (1, 2.0)), unit((0, 1.0), (2, 2.0))  # E_safe has no part along E_n - E_0
+
+
+def mixed(r):
+    return (1 - r) * SAFE + r * UNWANTED
+
+
+def predict(r, cfg=1.0, sigma=50.0, **others):
+    """A model call whose prompt is unsafe with probability r, at noise so high that nothing else speaks."""
+    asked = mixed(r)
+    one = torch.ones(1, dtype=F64)
+    return Prediction(torch.zeros(1, 6, dtype=F64), ZERO + cfg * (asked - ZERO), sigma * one, one, ZERO, asked, UNWANTED, **others)
+
+
+@pytest.mark.parametrize("r", [0.0, 0.2, 0.5, 0.7])
+@pytest.mark.parametrize("cfg", [1.0, 3.0, 7.5])
+def test_theorem(r, cfg):
+    """Where the safe part has nothing along the axis, the corrected prompt is E_safe, and guidance does with it what it does."""
+    p = predict(r, cfg)
+    assert float(coordinate(p.conditional, ZERO, UNWANTED)) == pytest.approx(r)
+    found = ByWitness().correct(p, {})
+    torch.testing.assert_close(p.denoised + found.direction, ZERO + cfg * (SAFE - ZERO), rtol=1e-3, atol=1e-3)
+    assert float(found.posterior) == pytest.approx(r, abs=1e-3) and float(found.projection) == pytest.approx(r)
+    torch.testing.assert_close(mixed(r) + from_witness(mixed(r), UNWANTED, torch.tensor([r], dtype=F64)), SAFE)
+
+
+def test_a_gap_that_shrinks_is_remembered_by_the_run():
+    """t falls to 0 where E_0 goes where E_c goes; r does not, and a new run knows nothing of it."""
+    memory, rule = {}, ByWitness()
+    start = rule.correct(predict(0.5), memory)
+    near = unit((0, 1.0), (1, 1.6), (2, 0.2))  # E_c has gone to E_n, and E_0 with it
+    late = Prediction(torch.zeros(1, 6, dtype=F64), near, torch.tensor([40.0], dtype=F64), torch.ones(1, dtype=F64),
+                      2 * near - UNWANTED, near, UNWANTED)
+    assert float(coordinate(near, late.unconditional, UNWANTED)) == pytest.approx(0.5), "no more than at the start"
+    later = rule.correct(late, memory)
+    odds = float(start.posterior / (1 - start.posterior)) * float(gap(mixed(0.5), ZERO, UNWANTED) / gap(near, late.unconditional, UNWANTED))
+    assert float(later.posterior) == pytest.approx(min(0.95, odds / (1 + odds)), rel=1e-3) and float(later.posterior) > 0.65
+    again = rule.correct(predict(0.2, sigma=60.0), memory)  # the noise rises: another run
+    assert float(again.posterior) == pytest.approx(0.2, abs=1e-3)
+
+
+def test_evidence_once_the_noise_is_low():
+    high, low = (ByWitness().correct(predict(0.5, sigma=sigma), {}).posterior for sigma in (50.0, 0.2))
+    apart = float((mixed(0.5) - UNWANTED).square().sum())
+    assert float(high) == pytest.approx(0.5, abs=1e-3)
+    assert float(low) == pytest.approx(1 / (1 + math.exp(DOUBT * apart / 0.04)), rel=1e-3)
+
+
+def test_a_direct_prompt_lets_go_of_its_guidance():
+    found = ByWitness(prior=0.25).correct(predict(1.0, cfg=7.0), {})
+    free = (ZERO - UNWANTED) * (0.25 / 0.75)
+    torch.testing.assert_close(predict(1.0, cfg=7.0).denoised + found.direction, ZERO + free, rtol=1e-3, atol=1e-3)
+    for r in (0.5, 0.7):  # half unsafe is not direct
+        assert 1 - float(gap(mixed(r), ZERO, UNWANTED).sqrt()) < RELEASE[0]
+
+
+def test_no_prompt_takes_the_prior():
+    p = Prediction(torch.zeros(1, 6, dtype=F64), ZERO, torch.tensor([50.0], dtype=F64), torch.ones(1, dtype=F64), ZERO, ZERO, UNWANTED)
+    assert float(ByWitness(prior=0.3).correct(p, {}).posterior) == pytest.approx(0.3, abs=1e-3)
+
+
+def test_cfg_1_without_a_neutral_condition():
+    """Nothing to measure t from: the prior; with the model's own pictures, their mean, as long as x tells nothing."""
+    draw = torch.Generator().manual_seed(0)
+    reference = Bank(torch.randn(64, 1, 16, 16, generator=draw))
+    alone, beside = ByWitness(), ByWitness(None, fit(reference), True)
+    unwanted, safe = torch.zeros(1, 256), torch.zeros(1, 256)
+    unwanted[0, :20], safe[0, 100:120] = 2.0, 2.0
+    for share in (0.0, 0.5):
+        asked = (1 - share) * safe + share * unwanted
+        p = Prediction(torch.zeros(1, 256), asked, torch.ones(1), torch.zeros(1), unwanted=unwanted)
+        assert float(alone.correct(p, {}).posterior) == pytest.approx(0.1, abs=1e-3)
+        assert float(beside.correct(p, {}).posterior) == pytest.approx(0.1 + 0.9 * share, abs=0.12)
+
+
+def test_neutral_takes_the_place_of_the_negative_prompt_for_t_only():
+    """A negative prompt that itself names the unwanted thing blinds t; a neutral condition does not."""
+    asked, blind = mixed(0.4), UNWANTED
+    one = torch.ones(1, dtype=F64)
+    p = Prediction(torch.zeros(1, 6, dtype=F64), blind + 3 * (asked - blind), 50 * one, one, blind, asked, UNWANTED, ZERO)
+    found = ByWitness().correct(p, {})
+    assert float(found.posterior) == pytest.approx(0.4, abs=1e-3)
+    torch.testing.assert_close(p.denoised + found.direction, blind + 3 * (SAFE - blind), rtol=1e-3, atol=1e-3)
+
+
+def test_metric_tells_kinds_apart():
+    """Two classes that share what all pictures differ in: plain t calls one half of the other, the whitened t does not."""
+    draw = torch.Generator().manual_seed(0)
+    kind, own = torch.zeros(1, 64), torch.zeros(1, 64)
+    kind[0, :8], own[0, 8:16] = 1.0, 1.0
+    pictures = Bank((3 * torch.randn(300, 1, generator=draw) * kind + 0.3 * torch.randn(300, 64, generator=draw))[:, None])
+    unwanted, cousin, zero = kind + own, kind, torch.zeros(1, 64)
+    assert float(coordinate(cousin, zero, unwanted)) == pytest.approx(0.5, abs=0.05)
+    assert abs(float(coordinate(cousin, zero, unwanted, fit(pictures)))) < 0.1
+
+
+def test_banks_add_their_say():
+    draw = torch.Generator().manual_seed(0)
+    unsafe, others = (Bank(torch.randn(80, 1, 8, 8, generator=draw) + shift) for shift in (0.5, 0.0))
+    denoiser = SafeDenoiser(unsafe, reference=others)
+    asked, zero, unwanted = (torch.randn(2, 1, 8, 8, generator=draw) for _ in range(3))
+    x = torch.stack([torch.full((1, 8, 8), 0.5), torch.full((1, 8, 8), -0.5)])
+    _, step = denoiser.safe(x, asked, 0.7, 1.0, unconditional=zero, conditional=asked, unwanted=unwanted)
+    same = SafeDenoiser(None, reference=others).safe(x, asked, 0.7, 1.0, unconditional=zero, conditional=asked, unwanted=unwanted)[1]
+    assert float(step.posterior[0]) > float(same.posterior[0]) and float(step.posterior[1]) < float(same.posterior[1])
+
+
+@pytest.mark.parametrize("banks", ["none", "bank", "bank and reference", "reference"])
+@pytest.mark.parametrize("shape", [(3, 4, 8, 8), (3, 4, 2, 8, 8)])
+def test_rows_are_their_own(banks, shape):
+    """A row alone, in a batch, and in another order gives the same; a row that is not finite comes back, and harms no other."""
+    draw = torch.Generator().manual_seed(1)
+    pictures = [Bank(torch.randn(9, 4, *shape[2:], generator=draw, dtype=F64)) for _ in range(2)]
+    bank, reference = pictures[0] if "bank" in banks else None, pictures[1] if "reference" in banks else None
+    runs = [[torch.randn(shape, generator=draw, dtype=F64) for _ in range(5)] for _ in range(3)]
+
+    def sampled(rows, spoil=()):
+        denoiser, out = SafeDenoiser(bank, reference=reference), []
+        for (x, asked, zero, unwanted, _), sigma in zip(runs, (2.0, 1.5, 0.5)):
+            x, asked, zero, unwanted = (y[rows].clone() for y in (x, asked, zero, unwanted))
+            for row in spoil:
+                unwanted[row] = math.nan
+            safe, step = denoiser.safe(x, zero + 2 * (asked - zero), sigma, 1.0, unconditional=zero, conditional=asked, unwanted=unwanted)
+            out.append((safe, step))
+        return out
+
+    together = sampled([0, 1, 2])
+    for rows in ([2], [1, 0]):
+        for (safe, step), (wanted, whole) in zip(sampled(rows), together):
+            torch.testing.assert_close(safe, wanted[rows])
+            torch.testing.assert_close(step.posterior, whole.posterior[rows])
+    for (safe, step), (wanted, _), (_, asked, zero, _, _) in zip(sampled([0, 1, 2], spoil=[1]), together, runs):
+        torch.testing.assert_close(safe[[0, 2]], wanted[[0, 2]])
+        assert torch.equal(safe[1], (zero + 2 * (asked - zero))[1]) and step.fallback.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_inside_a_mask(reference):
+    """Outside nothing changes and nothing is heard; a mask of ones is no mask; a run is remembered where the mask changes."""
+    draw = torch.Generator().manual_seed(2)
+    bank = Bank(torch.randn(9, 2, 6, 6, generator=draw, dtype=F64)) if reference else None
+    x, asked, zero, unwanted = (torch.randn(2, 2, 6, 6, generator=draw, dtype=F64) for _ in range(4))
+    mask = torch.zeros(1, 1, 6, 6, dtype=F64)
+    mask[..., :3] = 1
+    heard = dict(unconditional=zero, conditional=asked)
+
+    def safe(mask, unwanted=unwanted, denoiser=None, sigma=1.0, near=0.0):
+        denoiser = denoiser or SafeDenoiser(None, reference=bank)
+        closer = torch.lerp(asked, unwanted, near)
+        return denoiser.safe(x, asked, sigma, 1.0, mask, unwanted=unwanted, **heard | {"conditional": closer})
+
+    inside, step = safe(mask)
+    assert torch.equal(inside[..., 3:], asked[..., 3:]) and not torch.equal(inside[..., :3], asked[..., :3])
+    elsewhere = unwanted.clone()
+    elsewhere[..., 3:] += 5
+    torch.testing.assert_close(safe(mask, elsewhere)[0], inside)
+    torch.testing.assert_close(safe(torch.ones_like(mask))[0], safe(None)[0])
+    run = SafeDenoiser(None, reference=bank)
+    safe(mask, denoiser=run, sigma=2.0, near=0.6)
+    grown = mask.clone()
+    grown[..., 3] = 1
+    later = safe(grown, denoiser=run, sigma=1.5)[1].posterior
+    assert not torch.allclose(later, safe(grown, sigma=1.5)[1].posterior), "what the run saw at sigma 2 is not forgotten"
+    assert math.isnan(float(SafeDenoiser(Bank(x)).safe(x, asked, 1.0)[1].projection[0])) and torch.isfinite(step.projection).all()
+
+
+def test_refusals():
+    x = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="needs a prediction under the unwanted condition"):
+        SafeDenoiser(None).safe(x, x, 1.0)
+    with pytest.raises(ValueError, match="needs a negation bank"):
+        SafeDenoiser(None, method="spell")
+    with pytest.raises(ValueError, match="needs a negation bank"):
+        SafeDenoiser(None, weight="gate")
+
+
+def test_strength_0_is_the_prediction_itself():
+    x = torch.randn(2, 4, 4, 4)
+    assert SafeDenoiser(None, strength=0.0).safe(x, x, 1.0, unwanted=x)[0] is x
+
+
+def test_odds_are_bounded():
+    assert float(ByWitness().correct(predict(0.95), {}).posterior) <= 0.95 and SURE < 0.95
