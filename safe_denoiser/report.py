@@ -1,5 +1,6 @@
 """Report: the steps of one run -> table, JSON, plot."""
 import json
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 1
 
 def live(step: Step, call: int) -> str:
     """One line about one step, while the run is on; reads from the device."""
-    r, c = (float(value.max()) for value in (step.posterior, step.correction))
-    return f"call {call}: r {r:.2f}, correction {c:.1%}"
+    r, c, t = (float(value.max()) for value in (step.posterior, step.correction, step.projection))
+    return f"call {call}: r {r:.2f}, {'' if math.isnan(t) else f't {t:.2f}, '}correction {c:.1%}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,11 @@ class Report:
         return {name: torch.stack([getattr(step, name) for step in self.steps]).cpu().float().numpy() for name in names}
 
     @property
+    def heard(self) -> np.ndarray:
+        """t of each call, (calls, batch), where the model's own prediction under the unwanted condition spoke; NaN elsewhere."""
+        return self.values["projection"]
+
+    @property
     def summary(self) -> dict[str, float]:
         """Counts of one run; `posterior` and `correction` are the largest values seen."""
         v = self.values
@@ -64,12 +70,16 @@ class Report:
             return f"the model gave NaN or infinity {s['fallbacks']} times; those predictions were left as they were"
         if not s["corrected_calls"]:
             return f"nothing was corrected: none of the {s['model_calls']} model calls lay in the window (start to end)"
+        heard = self.heard[np.isfinite(self.heard)]
+        if s["posterior"] < 0.01 and len(heard):
+            return f"nothing was corrected: the prompt asks for nothing like the unwanted condition, t at most {heard.max():.2f}"
         if s["posterior"] < 0.01:
             return "nothing was corrected: the bank never came near, r < 0.01 at every step"
         if s["correction"] < 1e-4:
             return (f"nothing to see: r reached {s['posterior']:.2f}, but the largest correction was {s['correction']:.1g} of the "
                     f"prediction; raise strength, or let start begin earlier")
-        return f"corrected {s['corrected_calls']} of {s['model_calls']} model calls, posterior up to {s['posterior']:.2f}"
+        witness = f", as the unwanted condition tells (t {heard.min():.2f} to {heard.max():.2f})" if len(heard) else ""
+        return f"corrected {s['corrected_calls']} of {s['model_calls']} model calls, posterior up to {s['posterior']:.2f}{witness}"
 
     @property
     def counts(self) -> str:
@@ -83,24 +93,26 @@ class Report:
         return f"{s['model_calls']} model calls, {window}, {s['clamped']} clamps, {s['fallbacks']} fallbacks"
 
     def table(self) -> str:
-        """A line per model call: mean over the batch, largest in brackets."""
-        v = self.values
-        lines = [self.verdict, self.counts, *self.notes, "call   sigma      posterior r     correction      active"]
+        """A line per model call: mean over the batch, largest in brackets; t, the prompt's share of the unwanted, where it was asked."""
+        v, heard = self.values, bool(np.isfinite(self.heard).any())
+        lines = [self.verdict, self.counts, *self.notes,
+                 f"call   sigma      posterior r     correction      active{'   share t' if heard else ''}"]
         for i in range(len(self.steps)):
-            r, c = v["posterior"][i], v["correction"][i]
+            r, c, t = v["posterior"][i], v["correction"][i], v["projection"][i]
             lines.append(f"{i + 1:>4}  {v['sigma'][i].max():>7.3f}   {r.mean():.3f} ({r.max():.3f})   {c.mean():.4f} ({c.max():.4f})   "
-                         f"{int(v['active'][i].sum())}/{len(r)}")
+                         f"{int(v['active'][i].sum())}/{len(r)}" + (f"    {t.mean():+.3f} ({t.max():+.3f})" if heard else ""))
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Summary, notes and every value, as JSON."""
-        return json.dumps({"verdict": self.verdict, "summary": self.summary, "notes": list(self.notes),
-                           "steps": {name: value.tolist() for name, value in self.values.items()}})
+        """Summary, notes and every value, as JSON; null where there is none."""
+        steps = {name: np.where(np.isfinite(value), value, None).tolist() for name, value in self.values.items()}
+        return json.dumps({"verdict": self.verdict, "summary": self.summary, "notes": list(self.notes), "steps": steps})
 
     def pushed_most(self, count: int = 3) -> list[int]:
         """Indices of the bank items that weighed most where something was corrected, heaviest first."""
         v = self.values
-        total = np.bincount(v["nearest"].astype(int).ravel(), v["correction"].ravel()) if v["nearest"].size else np.zeros(0)
+        asked = v["nearest"] >= 0  # else no bank was
+        total = np.bincount(v["nearest"][asked].astype(int), v["correction"][asked]) if asked.any() else np.zeros(0)
         return [int(i) for i in np.argsort(-total)[:count] if total[i] > 0]
 
     def plot(self, width: int = 720, height: int = 480, negation_set: NegationSet | None = None, blurred: bool = True) -> Image.Image:

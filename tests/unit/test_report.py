@@ -44,6 +44,30 @@ def test_json_holds_every_value():
     assert np.asarray(read["steps"]["posterior"]).shape == (2, 2) and read["summary"]["corrected_calls"] == 2
 
 
+def heard(near):
+    """Two calls in which the prompt is `near` to the unwanted condition."""
+    zero, unwanted, x = torch.zeros(2, 4, 4, 4), torch.ones(2, 4, 4, 4), torch.ones(2, 4, 4, 4)
+    asked = near * unwanted
+    asked[..., 0] += 1
+    denoiser = SafeDenoiser(None)
+    return Report([denoiser.safe(x, asked, sigma, unconditional=zero, conditional=asked, unwanted=unwanted)[1] for sigma in (20.0, 15.0)])
+
+
+def test_the_unwanted_condition_says_what_it_told():
+    report = heard(0.5)
+    t = 0.5 + 16 / 64
+    assert report.verdict.startswith("corrected 2 of 2 model calls, posterior up to 0.7")
+    assert report.verdict.endswith(f"as the unwanted condition tells (t {t:.2f} to {t:.2f})")
+    assert "share t" in report.table() and f"+{t:.3f}" in report.table() and report.pushed_most() == []
+    assert np.allclose(json.loads(report.to_json())["steps"]["projection"], t)
+    assert "t at most -0.75" in heard(-1.0).verdict and "nothing was corrected: the prompt asks for nothing like" in heard(-1.0).verdict
+
+
+def test_where_nobody_was_asked_there_is_no_t():
+    report = run([1.0, 0.5])
+    assert "share t" not in report.table() and json.loads(report.to_json())["steps"]["projection"] == [[None, None]] * 2
+
+
 def test_plot_draws_the_values_and_the_pictures_that_pushed():
     report = run([1.0, 0.5, 0.2])
     assert report.pushed_most() == [0]
