@@ -15,19 +15,21 @@ from torch import Tensor
 from . import methods
 from .bank import Bank
 from .calibration import Calibration, calibrate, temperature_for
-from .gaussian import fit
+from .gaussian import ByGaussians, fit
 from .kernel import Posterior, posterior, rows, squared_distances
-from .parts import Located, choose, windows
+from .parts import ENOUGH, Located, choose, locate, windows
 from .prediction import Correction, Prediction, largest
 from .witness import PRIOR, ByWitness
 
 METHODS = ("safe_denoiser", "spell", "official", "official_sd3", "sgf")
-WEIGHTS = ("auto", "evidence", "retain", "gate", "unconditional", "reference", "ratio_beta", "tracked", "triangle", "constant", "witness")
+WEIGHTS = ("auto", "evidence", "retain", "gate", "unconditional", "reference", "ratio_beta", "tracked", "triangle", "constant", "witness",
+           "gaussian")
 PUSHES = ("guided", "unconditional")
-TUNED = {"evidence": (0.25, 3.0), "retain": (0.4, 3.0), "unconditional": (0.3, 1.5)}  # prior and evidence, see benchmarks/RESULTS.md
+TUNED = {"evidence": (0.25, 3.0), "retain": (0.4, 3.0), "unconditional": (0.3, 1.5), "gaussian": (0.3, 3.0)}  # prior and evidence
 TUNED_PARTS = {"evidence": (0.6, 10.0), "retain": (0.3, 10.0)}  # the same inside a window
 PLAIN = (0.25, 0.0)  # the others are there for comparison, as published: no evidence
 RELEASE = 0.7, 0.9  # share of the way to E_u that a prompt pulls: where its guidance begins to be let go, and where all of it is
+SEEN = 0.85  # area under the ROC curve of banks by distance, from which kernels are trusted: digits 0.88 to 0.99, photographs below 0.83
 SAMPLE = 1024  # items of a larger bank on which it is calibrated: their Gram matrix is held in memory
 PERPLEXITY = 0.2  # share of the bank that the automatic temperature lets weigh, at noise of the bank's own spread
 
@@ -58,6 +60,12 @@ class Step:
     fallback: Tensor
     omitted: Tensor
     projection: Tensor
+
+
+def _nothing(p: Prediction) -> Correction:
+    """No correction: where nothing is sampled, or a bank's items do not differ."""
+    none = torch.zeros_like(p.sigma)
+    return Correction(torch.zeros_like(p.denoised), none, none.long() - 1, none.bool(), none)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +118,8 @@ class SafeDenoiser:
             reference or retain bank clearly better than whole pictures do, else 1. Inside a mask a window counts by the share of it
             that is sampled.
         root: square root of the mask (D,) inside which alone the banks count; set by `masked`.
+        trusted: whether distances see what the bank shows, so that its kernel means may steer, and a prompt that they say is direct may
+            lose its guidance. None finds out, see `sees`; where they do not, "auto" takes "gaussian" if there is a reference bank.
 
     Raises:
         ValueError: an unknown method, weight or push, a missing bank, banks of different shapes, a number out of range.
@@ -135,6 +145,7 @@ class SafeDenoiser:
     semantic: Callable[[Tensor, Tensor], Tensor] | None = None
     parts: int | None = None
     root: Tensor | None = None
+    trusted: bool | None = None
     _memory: dict = field(default_factory=dict, init=False, repr=False)  # the latest mask; the previous call, where a run is followed
     _run: dict = field(default_factory=dict, init=False, repr=False)  # what a run remembers of each row, see `prediction.first`
 
@@ -151,8 +162,8 @@ class SafeDenoiser:
             if bank is not None and self.bank is not None and bank.latents.shape[1:] != self.bank.latents.shape[1:]:
                 raise ValueError(f"{name} bank latents are {tuple(bank.latents.shape[1:])} but the negation bank's are "
                                  f"{tuple(self.bank.latents.shape[1:])}; build both with the same VAE at the same size")
-        if self.weight == "ratio_beta" and self.reference is None and self.retain is None:
-            raise ValueError("weight 'ratio_beta' needs a reference bank or a retain bank; connect one or choose weight 'auto'")
+        if self.weight in ("ratio_beta", "gaussian") and self.reference is None and self.retain is None:
+            raise ValueError(f"weight {self.weight!r} needs a reference bank or a retain bank; connect one or choose weight 'auto'")
         if self.semantic is not None and self.retain is None:
             raise ValueError("the semantic posterior needs a retain bank, towards which to steer; connect one")
         if (self.parts or 1) > 1 and not self._compares:
@@ -191,7 +202,7 @@ class SafeDenoiser:
         width = dict(bandwidth=calibrated.kernel_bandwidth, temperature=calibrated.kernel_temperature)
         return [(place, replace(self, bank=shown, retain=self.retain and self.retain.map(lambda y, place=place: y[place]),
                                 reference=self.reference and self.reference.map(lambda y, place=place: y[place]),
-                                prior=prior, evidence=evidence, semantic=None, parts=1, **width)) for place in places]
+                                prior=prior, evidence=evidence, semantic=None, parts=1, trusted=True, **width)) for place in places]
 
     @cached_property
     def latents(self) -> Tensor:
@@ -253,10 +264,15 @@ class SafeDenoiser:
             return self._by_witness(p)
         if self.inside:
             return self._by_parts(p)
-        unsafe, weight = self.density(self.bank, p), self.weight
+        weight = self.weight
         if weight == "auto":
             weight = ("evidence" if self.reference else "retain" if self.retain else
                       "unconditional" if p.unconditional is not None else "gate")
+            if weight == "evidence" and self.gaussians and not self.sees:
+                weight = "gaussian"
+        if weight == "gaussian":
+            return self.gaussians.correct(p) if self.gaussians else _nothing(p)
+        unsafe = self.density(self.bank, p)
         if weight == "unconditional" and p.unconditional is None:
             raise ValueError("weight 'unconditional' needs the unconditional prediction, and at cfg 1 there is none; "
                              "raise cfg, connect a reference bank, or choose weight 'auto'")
@@ -266,11 +282,30 @@ class SafeDenoiser:
 
     @cached_property
     def witness(self) -> ByWitness:
-        """The rule that hears the model's prediction under the unwanted condition, with what the banks know as Gaussians."""
+        """The rule that hears the model's prediction under the unwanted condition."""
         other = self.reference or self.retain
-        model = (other or self.bank) and fit(other or self.bank)
-        others = model is not None and other is not None
-        return ByWitness(fit(self.bank) if others and self.bank else None, model, others, self.prior or PRIOR, self.posterior_max)
+        model = self.gaussians.other if self.gaussians else fit(other or self.bank) if other or self.bank else None
+        return ByWitness(self.gaussians, model, model is not None and other is not None, self.prior or PRIOR, self.posterior_max)
+
+    @cached_property
+    def gaussians(self) -> ByGaussians | None:
+        """The rule of two banks as Gaussians; None where there are not two, or one whose items do not differ."""
+        other = self.reference or self.retain
+        both = [bank and fit(bank) for bank in (self.bank, other)]
+        prior, evidence = self._tuned("gaussian")
+        return ByGaussians(*both, prior, evidence, self.posterior_max) if all(both) else None
+
+    @cached_property
+    def sees(self) -> bool:
+        """Whether distances tell the bank from the other bank, as they must for its kernel means to point anywhere."""
+        other = self.reference or self.retain
+        if self.trusted is not None:
+            return self.trusted
+        if self.bank is None or other is None:
+            return False
+        if min(len(self.bank), len(other)) < ENOUGH or self.bank.latents.ndim < 3:  # that cannot be judged
+            return True
+        return self.bank.recall(f"separation beside {other.fingerprint}", lambda: locate(self.bank, other, 1).separation) > SEEN
 
     def _hears(self, p: Prediction) -> bool:
         """Whether the model itself is asked, and not the banks."""
@@ -329,7 +364,7 @@ class SafeDenoiser:
             return self._by_beta(p, unsafe, r / (1 - r))
         direction = (methods.from_retain(unsafe.mean, other, r) if weight == "retain" else
                      methods.from_reference(unsafe.mean, other, r, most))
-        if evidence and p.unconditional is not None:
+        if evidence and p.unconditional is not None and self.sees:
             direction = direction + self._release(p, unsafe.mean, other, error)[:, None] * (p.unconditional - p.denoised)
         return Correction(direction, r, unsafe.weights.argmax(1), log_r > ceiling, unsafe.omitted)
 
@@ -431,7 +466,7 @@ class SafeDenoiser:
         bank = self.bank.normalised() if self.method.startswith("official") else self.bank
         return replace(self, bank=bank.masked(root), retain=self.retain and self.retain.masked(root),
                        reference=self.reference and self.reference.masked(root), bandwidth=self.kernel_bandwidth, semantic=None,
-                       parts=1, root=root)
+                       parts=1, root=root, trusted=self.sees)
 
     def correct_inside(self, mask: Tensor, p: Prediction) -> Correction:
         """`correct`, each row with distances inside its own mask (B, D) and no correction where the mask is 0.

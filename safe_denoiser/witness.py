@@ -7,14 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gaussian import Gaussian
+from .gaussian import ByGaussians, Gaussian
 from .methods import projection
 from .prediction import Correction, Prediction, first, largest
 
 SURE = 0.9  # t at most, where odds are made of it: a share of 1 would never be doubted again
 DOUBT = 0.05  # of the squared difference of two noise predictions, by which the log odds fall: once they clearly differ, x is not unsafe
-TRUST = 0.35  # of the log ratio of two banks' Gaussians, which few pictures in many dimensions make too sure
-RANGE = -8.0, 3.0  # of what the banks may add to the log odds
 PRIOR = 0.1  # share of unsafe pictures where no prompt says anything
 SILENT = 1e-3  # a prompt that moves the prediction by less than this share of what the unwanted condition does (squared) says nothing
 NOISE = 0.1  # signal to noise, in power, below which x tells next to nothing
@@ -74,13 +72,13 @@ class ByWitness:
     Source of the correction: arXiv:2502.08011, Thm 3.2; r is ours.
 
     Args:
-        unsafe: the negation bank as a Gaussian, where it speaks.
+        banks: what the banks know, where there are two.
         model: pictures as a Gaussian, whose covariance is the metric.
         others: `model` is of all that the model makes or of pictures to keep, and not of unwanted ones.
         prior: P(unsafe) where no prompt says anything. posterior_max: ceiling of r.
     """
 
-    unsafe: Gaussian | None = None
+    banks: ByGaussians | None = None
     model: Gaussian | None = None
     others: bool = False
     prior: float = PRIOR
@@ -123,9 +121,8 @@ class ByWitness:
         gaps = [gap(kept, origin, p.unwanted, self.model) for origin in seen_from] or [apart.clamp_min(TINY)]
         wide = torch.stack(gaps).log().mean(0).exp()
         logit = (largest(memory, "odds", p.sigma, odds * wide) / wide).clamp_min(TINY).log()
-        if self.unsafe is not None:
-            ratio = self.unsafe.log_density(p.x, p.sigma, p.alpha) - self.model.log_density(p.x, p.sigma, p.alpha)
-            logit = logit + (TRUST * ratio).clamp(*RANGE)
+        if self.banks is not None:
+            logit = logit + self.banks.log_ratio(p)
         return logit - DOUBT * (p.alpha / p.sigma).square() * apart
 
     def _gain(self, p: Prediction, free: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from safe_denoiser import Bank, SafeDenoiser
 
 SHAPE = (4, 6, 8)
 CHOICES = {
-    "evidence": {}, "evidence, retain": {}, "retain": {"weight": "retain"}, "gate": {"weight": "gate"}, "spell": {"method": "spell"},
+    "evidence": {"weight": "evidence"}, "evidence, retain": {"weight": "evidence"}, "gaussian": {"weight": "gaussian"},
+    "retain": {"weight": "retain"}, "gate": {"weight": "gate"}, "spell": {"method": "spell"},
     "official": {"method": "official", "threshold": 0.0}, "official_sd3": {"method": "official_sd3", "threshold": 0.0},
 }
 
@@ -19,7 +20,8 @@ def draw(seed, *shape):
 
 
 def denoiser(choice, bank, retain, reference, **settings):
-    banks = {"evidence": dict(reference=reference), "evidence, retain": dict(reference=reference, retain=retain),
+    banks = {"evidence": dict(reference=reference), "gaussian": dict(reference=reference),
+             "evidence, retain": dict(reference=reference, retain=retain),
              "retain": dict(retain=retain)}.get(choice, {})
     return SafeDenoiser(bank, **CHOICES[choice], **banks, bandwidth=0.5, temperature=3.0, **settings)
 
