@@ -11,10 +11,12 @@ from comfy_api.latest import io
 from ..safe_denoiser import Bank, Report, SafeDenoiser
 from ..safe_denoiser.denoiser import METHODS, WEIGHTS
 from .bank import memory, require_pictures
+from .conditions import Witness, hookable
 from .live import Live
 from .types import CATEGORY, NegationBankType, ReportType, SemanticType
 
 KEY, POST_CFG = "safe_denoiser", "sampler_post_cfg_function"
+MISSED = "the unwanted condition was not evaluated in some model calls: the guider, or a node beside this one, asks the model its own way"
 
 
 def forward_process(model_sampling, sigma: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,18 +100,52 @@ def guidance(guider, seen: dict) -> dict[str, torch.Tensor]:
     return {"unconditional": seen["uncond_denoised"], "conditional": seen["cond_denoised"]}
 
 
-def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, semantic=None, **settings):
-    """A clone of `model` that samples away from the bank, and the Report that its latest run fills.
+def is_open(denoiser: SafeDenoiser, sigma: torch.Tensor) -> bool:
+    """Whether any picture of the batch is inside the window."""
+    return bool(((sigma > denoiser.sigma_end) & (sigma <= denoiser.sigma_start)).any())
+
+
+def require(banks: dict[str, Bank | None], unwanted, neutral, method: str, weight: str) -> None:
+    """Raise where nothing says what must not come out, or something is connected that means nothing without it."""
+    if unwanted is None:
+        if neutral is not None:
+            raise ValueError("neutral is connected and unwanted is not; neutral is what unwanted is compared with, so connect unwanted too")
+        if weight == "witness":
+            raise ValueError("weight 'witness' compares with the prediction under an unwanted condition, and none is connected; connect "
+                             "unwanted, or choose weight 'auto'")
+    if banks["bank"] is not None:
+        return
+    for name in ("retain", "reference"):
+        if banks[name] is not None:
+            raise ValueError(f"a {name} bank is connected and no negation bank; what to keep means nothing without what to steer away "
+                             f"from, so connect negation_bank, or take {name}_bank off")
+    if unwanted is None:
+        raise ValueError("nothing says what must not come out; connect negation_bank (from Build or Load Negation Bank), or unwanted (a "
+                         "condition that means it, such as a prompt that asks for it), or both")
+    if method != "safe_denoiser" or weight not in ("auto", "witness"):
+        raise ValueError(f"{f'method {method!r}' if method != 'safe_denoiser' else f'weight {weight!r}'} steers by a negation bank, and "
+                         f"none is connected; connect negation_bank, or choose method 'safe_denoiser' and weight 'auto'")
+
+
+def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, semantic=None, unwanted=None, neutral=None,
+          **settings):
+    """A clone of `model` that samples away from the bank and the unwanted condition, and the Report that its latest run fills.
 
     Args:
         banks: `bank`, `retain` and `reference`, as SafeDenoiser names them.
         start, end: window, as fractions of the schedule.
         bank_size: "exact" refuses a bank of another size, "interpolate" resizes it.
         semantic: from Semantic Posterior.
+        unwanted, neutral: CONDITIONING that means what must not come out, and one that means nothing in particular.
         settings: the other arguments of SafeDenoiser.
     """
+    method, weight = settings["method"], settings.get("weight", "auto")
+    require(banks, unwanted, neutral, method, weight)
     SafeDenoiser(**banks, **settings, semantic=semantic)  # says at once what is wrong with them
-    patched, report, run = model.clone(), Report([], []), {}
+    used = method == "safe_denoiser" and settings["strength"] != 0
+    given = {name: one for name, one in (("unwanted", unwanted), ("neutral", neutral)) if used and one is not None}
+    patched, report, run = hookable(model, [*given.values()]), Report([], []), {}
+    witness = Witness(given, patched)
 
     def begin(guider, noise, sigmas=None, denoise_mask=None):
         refuse(guider, noise)
@@ -120,10 +156,12 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         denoiser = SafeDenoiser(**moved, **settings, **window, semantic=meant)
         if denoiser.strength and denoiser.inside:
             notes.append(f"compared by parts of the picture, in {len(denoiser.inside)} windows")
+        if unwanted is not None and method != "safe_denoiser":
+            notes.append(f"method {method} does not know the unwanted condition, only safe_denoiser does")
         run.update(denoiser=denoiser, sampling=sampling, live=Live(), sigmas=sigmas, mask=denoise_mask)
         report.steps.clear()
         report.notes[:] = dict.fromkeys(notes)
-        origin = banks["bank"].metadata.get("origin")  # of a compressed bank: the picture that each prototype stands for
+        origin = banks["bank"] and banks["bank"].metadata.get("origin")  # of a compressed bank: the picture each prototype stands for
         run["origin"] = origin and torch.tensor(json.loads(origin), device=noise.device)
 
     def mask_at(timestep, model_options, guider):
@@ -134,27 +172,47 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
 
     def sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs):
         begin(guider, noise, sigmas, denoise_mask)
+        witness.begin(guider, noise, latent_image, denoise_mask, extra_args.get("seed"))
         try:
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
         finally:
             run["live"].end(report)
             run.clear()  # frees the device's copy of the banks
+            witness.offsets = {}
+
+    def correct(x, raw, level, mask, guides, reach):
+        """`safe`, as far as the conditions reach; with neither a bank nor a prediction to go by, inside a window that is never open."""
+        denoiser = run["denoiser"]
+        if "unwanted" not in guides and (denoiser.bank is None or weight == "witness"):
+            denoiser, guides = replace(denoiser, sigma_start=0.0), {"unwanted": raw, "conditional": raw}
+        if reach is None:
+            return denoiser.safe(x, raw, *level, mask, **guides)
+        safe_denoised, step = denoiser.safe(x, raw, *level, reach if mask is None else reach * mask, **guides)
+        return raw + reach * (safe_denoised - raw), step
 
     def predict_noise(executor, x, timestep, model_options, *args, **kwargs):
         guider = executor.class_obj
         if not run:  # a guider that was called without its sampler
             begin(guider, x)
-        mask = mask_at(timestep, model_options, guider)
+        mask, level = mask_at(timestep, model_options, guider), forward_process(run["sampling"], timestep, x.ndim)
         model_options, late, seen = watch(model_options, guider)
         shared = model_options.get(KEY, {})  # of several patches on one model, all correct the prediction that the innermost got
-        denoised = executor(x, timestep, {**model_options, KEY: shared}, *args, **kwargs)
+        model_options = {**model_options, KEY: shared}
+        if witness.given:
+            model_options = witness.ask(guider, shared, model_options, timestep, is_open(run["denoiser"], level[0]))
+        denoised = executor(x, timestep, model_options, *args, **kwargs)
         guides = guidance(guider, seen)
         if guides:
             run["offset"] = guides["unconditional"] - x
         elif not seen and "offset" in run:  # a cache skipped the model: go on as LazyCache does, with the offset of the latest call
             guides = {"unconditional": x + run["offset"]}
+        if seen and seen["cond"] is guider.conds.get("positive"):
+            shared.setdefault("conditional", seen["cond_denoised"])
         raw, guides = shared.setdefault("predictions", (denoised, guides))
-        safe_denoised, step = run["denoiser"].safe(x, raw, *forward_process(run["sampling"], timestep, x.ndim), mask, **guides)
+        heard = witness.heard(shared, x, guides) if witness.given else {}
+        if witness.missed and MISSED not in report.notes:
+            report.notes.append(MISSED)
+        safe_denoised, step = correct(x, raw, level, mask, guides | heard, witness.reach(guider, x, timestep) if heard else None)
         if raw is not denoised:
             safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
         if step is not None:
@@ -172,11 +230,23 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
 
 def bank_inputs() -> list[io.Input]:
     return [
-        NegationBankType.Input("negation_bank", tooltip="What must not come out, from Build or Load Negation Bank."),
+        NegationBankType.Input("negation_bank", optional=True,
+                               tooltip="Pictures that must not come out, from Build or Load Negation Bank. This or unwanted is needed."),
         NegationBankType.Input("retain_bank", optional=True,
                                tooltip="Pictures to keep: the sampler is steered from the negation bank towards these. Optional."),
         NegationBankType.Input("reference_bank", optional=True,
                                tooltip="The model's own samples, from Sample Reference Bank. Gives the best results. Optional."),
+    ]
+
+
+def condition_inputs() -> list[io.Input]:
+    return [
+        io.Conditioning.Input("unwanted", optional=True,
+                              tooltip="A condition that asks for what must not come out, such as a prompt that names it: the model itself "
+                                      "tells how near that is and where to go instead. A step takes about half as long again. Optional."),
+        io.Conditioning.Input("neutral", optional=True,
+                              tooltip="A condition that means nothing in particular, with which unwanted is compared. Without one that is "
+                                      "the negative prompt. Optional."),
     ]
 
 
@@ -206,8 +276,8 @@ class ApplySafeDenoiser(io.ComfyNode):
         method, strength, *rest = guidance_inputs()
         return io.Schema(
             node_id="SafeDenoiserApply", display_name="Apply Safe Denoiser", category=CATEGORY,
-            description="Patches a model so that any sampler and guider steers away from the negation bank at each step "
-                        "(arXiv:2502.08011).",
+            description="Patches a model so that any sampler and guider steers away from the negation bank, or the unwanted condition, at "
+                        "each step (arXiv:2502.08011).",
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch; it is cloned, the original stays as it is."), *bank_inputs(),
                 method, strength, *rest,
@@ -236,17 +306,19 @@ class ApplySafeDenoiser(io.ComfyNode):
                              tooltip="1: pictures are compared as a whole. 2 or more: by windows of 1/2 or less of each side, for what is "
                                      "only a part of the picture; where it is in each picture of the bank is found by itself. Needs "
                                      "reference_bank or retain_bank. 0: automatic, 2 where windows tell the banks apart better, else 1."),
+                *condition_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider."),
                      ReportType.Output(display_name="report", tooltip=OUTPUT_REPORT)],
         )
 
     @classmethod
-    def execute(cls, model, negation_bank, method, strength, start, end, bank_size, weight, prior, evidence, bandwidth, temperature,
-                radius, threshold, retain_bank=None, reference_bank=None, semantic=None, parts=0) -> io.NodeOutput:
+    def execute(cls, model, method, strength, start, end, bank_size, weight, prior, evidence, bandwidth, temperature, radius, threshold,
+                negation_bank=None, retain_bank=None, reference_bank=None, semantic=None, parts=0, unwanted=None,
+                neutral=None) -> io.NodeOutput:
         return io.NodeOutput(*patch(
-            model, dict(bank=negation_bank, retain=retain_bank, reference=reference_bank), start, end, bank_size, semantic, method=method,
-            weight=weight, strength=strength, prior=prior or None, evidence=None if evidence < 0 else evidence,
+            model, dict(bank=negation_bank, retain=retain_bank, reference=reference_bank), start, end, bank_size, semantic, unwanted,
+            neutral, method=method, weight=weight, strength=strength, prior=prior or None, evidence=None if evidence < 0 else evidence,
             bandwidth=bandwidth or None,
             temperature=temperature or None, radius=radius or None, threshold=threshold, parts=parts or None))
 
@@ -256,8 +328,8 @@ class SafeKSampler(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserKSampler", display_name="Safe KSampler", category=CATEGORY,
-            description="KSampler that steers away from a negation bank at each step, with no training (arXiv:2502.08011). The same as "
-                        "Apply Safe Denoiser followed by KSampler.",
+            description="KSampler that steers away from a negation bank, or an unwanted condition, at each step, with no training "
+                        "(arXiv:2502.08011). The same as Apply Safe Denoiser followed by KSampler.",
             inputs=[
                 io.Model.Input("model", tooltip="The model used for denoising the input latent."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="Seed of the noise."),
@@ -272,16 +344,17 @@ class SafeKSampler(io.ComfyNode):
                 io.Latent.Input("latent_image", tooltip="The latent to denoise."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
                                tooltip="Amount of denoising: below 1 keeps some of the input latent. 0: returns it as it is."),
-                *bank_inputs(), *guidance_inputs(),
+                *bank_inputs(), *guidance_inputs(), *condition_inputs(),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent."), ReportType.Output(display_name="report", tooltip=OUTPUT_REPORT)],
         )
 
     @classmethod
-    def execute(cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, negation_bank, method,
-                strength, start, end, bank_size, retain_bank=None, reference_bank=None) -> io.NodeOutput:
+    def execute(cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, method, strength,
+                start, end, bank_size, negation_bank=None, retain_bank=None, reference_bank=None, unwanted=None,
+                neutral=None) -> io.NodeOutput:
         banks = dict(bank=negation_bank, retain=retain_bank, reference=reference_bank)
-        patched, report = patch(model, banks, start, end, bank_size, method=method, strength=strength)
+        patched, report = patch(model, banks, start, end, bank_size, None, unwanted, neutral, method=method, strength=strength)
         latent = comfy_nodes.common_ksampler(patched, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
                                              denoise=denoise)[0]
         return io.NodeOutput(latent, report)

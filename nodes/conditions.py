@@ -1,0 +1,246 @@
+"""Conditions that are evaluated beside the guider's own: prepared like them, in one batch with them, and seen by nobody else."""
+import math
+
+import comfy.hooks
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.context_windows import ContextHandlerABC
+
+KEY, HANDLER = "safe_denoiser_conditions", "context_handler"
+SHOWN = ("concat_latent_image", "concat_mask", "reference_latents", "clip_vision_output", "vace_frames", "vace_mask", "vace_strength")
+
+
+def is_on(cond: dict, timestep: torch.Tensor) -> bool:
+    """Whether ComfyUI evaluates it at this noise level; outside of its range of steps it would answer with zeros."""
+    return cond.get("timestep_end", -math.inf) <= timestep[0] <= cond.get("timestep_start", math.inf)
+
+
+def coverage(conds: list[dict], x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor | None:
+    """Where conditions with areas or masks speak, 0 to 1 and shaped like x; elsewhere ComfyUI answers with zeros. None: everywhere."""
+    if not any("area" in cond or "mask" in cond for cond in conds) or any("default" in cond for cond in conds):
+        return None
+    total = torch.zeros_like(x)
+    for cond in conds:
+        bare = {key: value for key, value in cond.items() if key != "gligen"} | {"model_conds": {}}
+        part = comfy.samplers.get_area_and_mult(bare, x, timestep)
+        place, dims = total, len(part.area or ()) // 2
+        for i in range(dims):
+            place = place.narrow(i + 2, part.area[dims + i], part.area[i])
+        place += part.mult
+    return None if (total >= 1).all() else total.clamp_max(1)
+
+
+def hookable(model, conditionings: list):
+    """A clone of `model` that hooks can change: newer ComfyUI loads weights in pieces that they cannot, and does the same for its own."""
+    if getattr(model, "is_dynamic", lambda: False)() and any(map(comfy.sampler_helpers.cond_has_hooks, conditionings)):
+        return model.get_non_dynamic_delegate()
+    return model.clone()
+
+
+class Conditions:
+    """The conditions of one run, by the CONDITIONING that they came from: patches on one model that share it evaluate it once.
+
+    They go through what CFGGuider does to its own, stage by stage, and never among those: ComfyUI gives each condition the areas of all
+    the others, and the guider's predictions must stay what they were.
+    """
+
+    def __init__(self):
+        self.given: dict[int, list[dict]] = {}
+        self.processed: dict[int, list[dict]] = {}
+
+    def add(self, guider, conditionings: list, hook_mode) -> None:
+        """What CFGGuider.sample does before the models are loaded."""
+        self.given |= {id(one): comfy.sampler_helpers.convert_cond(one) for one in conditionings if id(one) not in self.given}
+        comfy.samplers.preprocess_conds_hooks(self.given)
+        self._register_hooks(guider)
+        comfy.samplers.filter_registered_hooks_on_conds(self.given, guider.model_options)
+        if comfy.samplers.get_total_hook_groups_in_conds(guider.conds | self.given) > 1:
+            guider.model_patcher.hook_mode = hook_mode
+
+    def _register_hooks(self, guider) -> None:
+        """`prepare_model_patcher` for hooks that the guider's own conditions lack; itself it would add all wrappers once more."""
+        options, known, hooks = guider.model_options, comfy.hooks.HookGroup(), comfy.hooks.HookGroup()
+        for conds in (guider.conds | self.given).values():
+            comfy.sampler_helpers.get_hooks_from_cond([cond for cond in conds if cond.get("hooks") is not None], hooks)
+        for hook in options["registered_hooks"].hooks if "registered_hooks" in options else ():
+            known.add(hook)
+        fresh = [hook for hook in hooks.hooks if not known.contains(hook)]
+        if not fresh:
+            return
+        target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+        for hook in fresh:
+            if hook.hook_type in (comfy.hooks.EnumHookType.TransformerOptions, comfy.hooks.EnumHookType.AdditionalModels):
+                hook.add_hook_patches(guider.model_patcher, options, target, known)
+        guider.model_patcher.register_all_hook_patches(hooks, target, options, known)  # all weights anew: it starts from none
+        options["registered_hooks"] = known
+
+    def process(self, guider, noise, latent_image, denoise_mask, seed) -> None:
+        """What CFGGuider.inner_sample does before the sampler starts; later patches find it done."""
+        if self.processed:
+            return
+        model, positive = guider.inner_model, guider.conds.get("positive") or []
+        shapes = getattr(model, "latent_shapes", None)  # newer ComfyUI: of latents that hold several streams
+        more = {} if shapes is None else {"latent_shapes": shapes}
+        shown = {name: positive[0][name] for name in SHOWN if positive and name in positive[0]}
+        for key, conds in self.given.items():
+            name = f"{KEY} {key}"
+            conds = comfy.samplers.process_conds(model, noise, {name: [{**shown, **cond} for cond in conds]}, noise.device, latent_image,
+                                                 denoise_mask, seed, **more)[name]
+            for own in guider.conds.values():
+                for cond in own:
+                    comfy.samplers.create_cond_with_same_area_if_none(conds, cond)
+            self.processed[key] = self._controlled(conds, positive)
+
+    @staticmethod
+    def _controlled(conds: list[dict], positive: list[dict]) -> list[dict]:
+        """Conditions without a ControlNet or boxes of their own under the positive prompt's: it is the same picture that they judge."""
+        for name in ("control", "gligen"):
+            found = next((cond[name] for cond in positive if cond.get(name) is not None), None)
+            if found is not None and not any(cond.get(name) is not None for cond in conds):
+                conds = [{**cond, name: found} for cond in conds]
+        return conds
+
+
+class Beside(ContextHandlerABC):
+    """Adds conditions to the first batch that a guider asks for in one model call, and takes their predictions off the answer.
+
+    ComfyUI lets a handler of context windows evaluate a batch its own way, whatever guider asks; the one that is there already goes on
+    doing so, with more conditions, so that their predictions are merged over its windows as the others are.
+    """
+
+    def __init__(self, handler, guider):
+        self.handler, self.guider, self.asked, self.called = handler, guider, {}, False
+        self.found: dict[int | str, torch.Tensor] = {}  # by the key of a condition; the guider's own by name
+
+    def should_use_context(self, model, conds, x_in, timestep, model_options):
+        return not self.called or self._windowed(model, conds, x_in, timestep, model_options)
+
+    def _windowed(self, *args) -> bool:
+        return self.handler is not None and self.handler.should_use_context(*args)
+
+    def get_resized_cond(self, *args, **kwargs):
+        return self.handler.get_resized_cond(*args, **kwargs)
+
+    def execute(self, calc_cond_batch, model, conds, x_in, timestep, model_options):
+        if self.called:  # of a neighbour that asks once more
+            return self.handler.execute(calc_cond_batch, model, conds, x_in, timestep, model_options)
+        self.called, more = True, [*conds, *self.asked.values()]
+        place = next((i for i, own in enumerate(conds) if own is not None and own is self.guider.conds.get("positive")), 0)
+        seen_as = {len(conds) + i: place for i in range(len(self.asked))}
+        options = {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), KEY: seen_as}}
+        if self._windowed(model, more, x_in, timestep, options):
+            out = self.handler.execute(calc_cond_batch, model, more, x_in, timestep, options)
+        else:
+            out = calc_cond_batch(model, more, x_in, timestep, options)
+        self.found = dict(zip(self.asked, out[len(conds):]))
+        for own, prediction in zip(conds, out):
+            self.found |= {name: prediction for name in ("positive", "negative") if own is not None and own is self.guider.conds.get(name)}
+        return out[:len(conds)]
+
+
+def outer_sample(conditionings: list, hook_mode):
+    """A wrapper of OUTER_SAMPLE: the run has these conditions too, until it ends, however it ends."""
+    def wrapper(executor, *args, **kwargs):
+        guider = executor.class_obj
+        mine = KEY not in guider.model_options
+        conditions = guider.model_options.setdefault(KEY, Conditions())
+        try:
+            conditions.add(guider, conditionings, hook_mode)
+            return executor(*args, **kwargs)
+        finally:
+            if mine:
+                comfy.sampler_helpers.cleanup_models(conditions.given, [])
+                guider.model_options.pop(KEY, None)
+
+    return wrapper
+
+
+def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
+    """A wrapper of PREPARE_SAMPLING: their models are loaded, and their memory is counted."""
+    conditions = (kwargs.get("model_options") or {}).get(KEY)
+    given = {} if conditions is None else {f"{KEY} {key}": found for key, found in conditions.given.items()}
+    real, found, models = executor(model, noise_shape, conds | given, *args, **kwargs)
+    return real, {name: found[name] for name in found if name not in given}, models
+
+
+def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+    """A wrapper of APPLY_MODEL: patches inside the model, which look up what to do by place in the batch, take them for the positive
+    prompt; many know two places only.
+    """
+    seen_as = (transformer_options or {}).get(KEY)
+    if seen_as:
+        transformer_options["cond_or_uncond"] = [seen_as.get(i, i) for i in transformer_options["cond_or_uncond"]]
+    return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+
+class Witness:
+    """The conditions of one patch, `unwanted` and `neutral`: asked in each model call, and what the model predicted under them."""
+
+    def __init__(self, given: dict[str, list], patched):
+        self.given, self.missed = given, False
+        self.offsets: dict[str, torch.Tensor] = {}
+        wrappers = comfy.patcher_extension.WrappersMP
+        if given:
+            patched.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, outer_sample([*given.values()], patched.hook_mode))
+            patched.add_wrapper_with_key(wrappers.PREPARE_SAMPLING, KEY, prepare_sampling)
+            patched.add_wrapper_with_key(wrappers.APPLY_MODEL, KEY, apply_model)
+
+    def begin(self, guider, noise, latent_image, denoise_mask, seed) -> None:
+        self.offsets = {}
+        conditions = guider.model_options.get(KEY)
+        if conditions is not None:
+            conditions.process(guider, noise, latent_image, denoise_mask, seed)
+
+    def on(self, guider, timestep: torch.Tensor) -> dict[int, list[dict]]:
+        """By key, those of its conditions that say something at this noise level."""
+        conditions = guider.model_options.get(KEY)
+        processed = {} if conditions is None else conditions.processed
+        found = {id(one): [cond for cond in processed.get(id(one), []) if is_on(cond, timestep)] for one in self.given.values()}
+        return {key: conds for key, conds in found.items() if conds}
+
+    def ask(self, guider, shared: dict, model_options: dict, timestep: torch.Tensor, is_open: bool) -> dict:
+        """model_options with which the guider's own batch holds the conditions too; several patches add to one batch.
+
+        Not where the window is closed, and the predictions are of no use; but a cache wants each condition of a run in every call.
+        """
+        asked, known = self.on(guider, timestep), KEY in guider.model_options
+        self.missed = is_open and (not known or id(self.given["unwanted"]) in asked)  # until it was heard
+        if not asked or not (is_open or "easycache" in model_options.get("transformer_options", {})):
+            return model_options
+        if "beside" not in shared:
+            shared["beside"] = Beside(model_options.get(HANDLER), guider)
+            model_options = {**model_options, HANDLER: shared["beside"]}
+        shared["beside"].asked |= asked
+        return model_options
+
+    def heard(self, shared: dict, x: torch.Tensor, guides: dict) -> dict[str, torch.Tensor]:
+        """`conditional`, `unwanted` and `neutral`, as `SafeDenoiser.safe` names them; nothing where unwanted was not evaluated.
+
+        Args:
+            shared: of this model call.
+            guides: what guidance told; of the negative prompt's prediction, which it may keep for itself, neutral takes the place.
+        """
+        beside = shared.get("beside")
+        if beside is None:
+            return {}
+        if beside.called:
+            found = {name: beside.found[id(one)] for name, one in self.given.items() if id(one) in beside.found}
+            if "unconditional" not in guides and "negative" in beside.found:
+                found.setdefault("neutral", beside.found["negative"])
+            conditional = shared.get("conditional", beside.found.get("positive"))
+            found |= {} if conditional is None else {"conditional": conditional}
+            self.offsets = {name: prediction - x for name, prediction in found.items()}
+        else:  # a cache skipped the model: go on with the offsets of the latest call, as it does
+            found = {name: x + offset for name, offset in self.offsets.items()}
+        if "unwanted" not in found:
+            return {}
+        self.missed = False
+        return found
+
+    def reach(self, guider, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor | None:
+        """Where all of its conditions speak, 0 to 1 and shaped like x; None: everywhere."""
+        parts = [coverage(conds, x, timestep) for conds in self.on(guider, timestep).values()]
+        parts = [part for part in parts if part is not None]
+        return torch.stack(parts).amin(0) if parts else None
