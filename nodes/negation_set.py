@@ -100,7 +100,8 @@ class CombineNegationSets(io.ComfyNode):
         return io.Schema(
             node_id="SafeDenoiserCombineNegationSets", display_name="Combine Negation Sets", category=CATEGORY,
             description="One set from up to four, with a weight for each. The weight is per picture, so a large set still counts more "
-                        "than a small one of the same weight.",
+                        "than a small one of the same weight. For unlike things chain two Apply Safe Denoiser instead: merged into one, "
+                        "their directions cancel.",
             inputs=[*sets, *weights],
             outputs=[NegationSetType.Output(display_name="negation_set", tooltip="The pictures of all sets, weighed."),
                      io.String.Output(display_name="info", tooltip="Count, size and skipped files of the combined set.")],

@@ -77,3 +77,57 @@ def test_chance_is_what_a_mean_of_few_gets_wrong():
 @pytest.mark.parametrize("bank", [Bank(torch.ones(1, 2, 3)), Bank(torch.ones(4, 2, 3))])
 def test_items_that_do_not_differ_tell_nothing(bank):
     assert fit(bank) is None
+
+
+def split(shift, n=40, seed=0):
+    """A bank and a reference bank of pictures of one covariance, their means `shift` apart in some numbers."""
+    draw = torch.Generator().manual_seed(seed)
+    spread = torch.linspace(0.3, 2, 64).view(1, 8, 8)
+    banks = [spread * torch.randn(n, 1, 8, 8, generator=draw) for _ in range(2)]
+    banks[0][:, :, :2] += shift
+    return [Bank(y) for y in banks]
+
+
+def test_banks_are_trusted_where_distances_tell_them_apart():
+    """The default: kernels where they do, Gaussians where not; what is told it is so is not asked."""
+    from safe_denoiser import SafeDenoiser
+
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    for shift, weight in ((0.3, "gaussian"), (6.0, "evidence")):
+        bank, reference = split(shift)
+        denoiser = SafeDenoiser(bank, reference=reference)
+        assert denoiser.sees == (weight == "evidence")
+        wanted = SafeDenoiser(bank, reference=reference, weight=weight).safe(x, x / 2, 1.0)[0]
+        torch.testing.assert_close(denoiser.safe(x, x / 2, 1.0)[0], wanted)
+    assert SafeDenoiser(bank, reference=reference, trusted=False).safe(x, x / 2, 1.0)[0].allclose(
+        SafeDenoiser(bank, reference=reference, weight="gaussian").safe(x, x / 2, 1.0)[0])
+    assert not SafeDenoiser(bank).sees, "alone, nothing says whether it may be trusted"
+
+
+def test_no_guidance_is_let_go_on_the_word_of_banks_that_see_nothing():
+    """A prompt that lies right at E_u keeps its guidance, unless the banks can be told apart."""
+    from safe_denoiser import SafeDenoiser
+
+    bank, reference = split(0.3)
+    x = torch.zeros(2, 1, 8, 8)
+    asked, zero = (one.latents.mean(0).expand(2, -1, -1, -1) for one in (bank, reference))
+    guided = zero + 9 * (asked - zero)
+    kept, let_go = (SafeDenoiser(bank, reference=reference, weight="evidence", trusted=trusted).safe(
+        x, guided, 50.0, unconditional=zero, conditional=asked)[0] for trusted in (False, True))
+    torch.testing.assert_close(let_go - kept, zero - guided, rtol=1e-4, atol=1e-4)
+
+
+def test_closed_form_of_two_gaussians():
+    """E_other - E_u of one covariance is sigma^2 (alpha^2 Sigma + sigma^2)^-1 (mu_other - mu_u), and the push never exceeds it."""
+    from safe_denoiser.gaussian import ByGaussians
+    from safe_denoiser.prediction import Prediction
+
+    unsafe, other = (fit(bank.to(dtype=F64)) for bank in split(2.0))
+    x, sigma, alpha = torch.randn(3, 64, dtype=F64), torch.full((3,), 0.8, dtype=F64), torch.full((3,), 0.6, dtype=F64)
+    whole = 0.36 * covariance(other) + 0.64 * torch.eye(64, dtype=F64)
+    difference = 0.64 * torch.linalg.solve(whole, other.mean - unsafe.mean)
+    found = ByGaussians(unsafe, other).correct(Prediction(x, x, sigma, alpha))
+    factor = (found.direction / difference)
+    torch.testing.assert_close(factor, factor[:, :1].expand_as(factor), rtol=1e-6, atol=1e-6)
+    r = found.posterior
+    torch.testing.assert_close(factor[:, 0], (r / (1 - r)).clamp_max(1), rtol=1e-6, atol=1e-6)
