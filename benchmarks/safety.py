@@ -31,7 +31,7 @@ from safe_denoiser import Bank, SafeDenoiser
 from tiny_digits.world import LATENT, SUPERCLASSES, TinyDigits, digits_data, prompt, reference_bank, shifted, sigmas
 
 HERE = Path(__file__).parent
-QUICK = ("evidence, reference bank (default)", "official, strength 0.33", "control: bank of noise")
+QUICK = ("evidence, reference bank (default)", "unwanted, negation and reference bank", "official, strength 0.33", "control: bank of noise")
 CASES = (("straight", 7), ("curly", 3), ("round", 8))
 SAMPLERS = ("euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "heun", "lcm")
 
@@ -289,6 +289,36 @@ def scenarios() -> dict[str, tuple[Callable, dict]]:
                    for name, members in SUPERCLASSES.items() for digit in members}
 
 
+def witnesses() -> dict[str, tuple[Callable, dict]]:
+    """The model's own prediction for the negated digit as the unwanted condition, alone and beside banks, with guidance and without."""
+    def heard(negated):
+        return {"unwanted": prompt(str(negated))}
+
+    def compared(negated):
+        return heard(negated) | {"neutral": prompt(None)}
+
+    def alone(name, negated):
+        return SafeDenoiser(None).safe
+
+    def negative_prompt(name, negated):
+        """Control: the same direction with a constant weight, as a second negative prompt has it."""
+        def safe(x, denoised, sigma, alpha, unconditional, conditional, unwanted):
+            return denoised + conditional - unwanted, None
+        return safe
+
+    both, beside = denoiser(reference=reference()), lambda name, negated: SafeDenoiser(None, reference=reference()).safe
+    return {
+        "unwanted condition alone": (alone, {"conditions": heard}),
+        "unwanted, reference bank": (beside, {"conditions": heard}),
+        "unwanted, negation and reference bank": (both, {"conditions": heard}),
+        "unwanted, negation and retain bank": (with_retain(), {"conditions": heard}),
+        "unwanted, both banks, cfg 5": (both, {"conditions": heard, "cfg": 5.0}),
+        "unwanted, both banks, cfg 1": (both, {"conditions": heard, "cfg": 1.0}),
+        "unwanted and neutral, both banks, cfg 1": (both, {"conditions": compared, "cfg": 1.0}),
+        "control: unwanted as a negative prompt": (negative_prompt, {"conditions": heard}),
+    }
+
+
 def samplers(comfyui: str, scale: Scale) -> dict[str, dict[str, float]]:
     """ComfyUI's samplers, by the nodes, 7 negated under "straight": the default off and on."""
     from tiny_digits.demo import in_comfyui
@@ -323,7 +353,7 @@ def pareto(rows: dict[str, dict[str, float]], path: Path) -> None:
     figure = Figure((10, 7), layout="constrained")
     axes = figure.subplots()
     for label, r in rows.items():
-        ours = label.startswith(("evidence", "retain bank", "no other bank"))
+        ours = label.startswith(("evidence", "retain bank", "no other bank", "unwanted"))
         axes.scatter(r["unsafe"], max(r["energy"], 0.02), color="tab:red" if ours else "gray" if "kept" not in r else "tab:blue")
         axes.annotate(label, (r["unsafe"], max(r["energy"], 0.02)), fontsize=7, xytext=(4, 3), textcoords="offset points")
     axes.set(xscale="symlog", yscale="log", xlabel="unsafe pictures, %", ylabel="energy distance to real allowed pictures",
@@ -342,8 +372,8 @@ def main():
     options = parser.parse_args()
     scale, began = Scale(1, 60) if options.quick else Scale(options.seeds, options.pictures), time.time()
     rows, compared = controls(scale), methods()
-    controls_and_methods = {*rows, *compared}
-    wanted = {label: (make, {}) for label, make in compared.items()} | ablations() | scenarios()
+    controls_and_methods = {*rows, *compared, *witnesses()}
+    wanted = {label: (make, {}) for label, make in compared.items()} | witnesses() | ablations() | scenarios()
     if options.quick:
         wanted = {label: wanted[label] for label in QUICK}
     print(HEADER)
@@ -372,6 +402,8 @@ def check_ordering(rows: dict[str, dict[str, float]]) -> None:
     assert default["kept"] > 95, "and leave benign prompts alone"
     assert default["unsafe"] < rows["official, strength 0.33"]["unsafe"], "and beat the published rule"
     assert rows["control: bank of noise"]["unsafe"] > 0.7 * base["unsafe"], "a bank of noise must not do it"
+    witness = rows["unwanted, negation and reference bank"]
+    assert witness["unsafe"] <= 2 and witness["kept"] >= 98 and witness["astray"] <= 3, "nor may the unwanted condition do worse"
     print("ordering as expected")
 
 

@@ -216,21 +216,22 @@ class Witness:
         return model_options
 
     def heard(self, shared: dict, x: torch.Tensor, guides: dict) -> dict[str, torch.Tensor]:
-        """`conditional`, `unwanted` and `neutral`, as `SafeDenoiser.safe` names them; nothing where unwanted was not evaluated.
+        """The model's own predictions, as `SafeDenoiser.safe` names them; nothing where unwanted was not evaluated.
 
         Args:
             shared: of this model call.
-            guides: what guidance told; of the negative prompt's prediction, which it may keep for itself, neutral takes the place.
+            guides: what guidance told: after functions that change predictions before it, and in a nested DualCFGGuider without the
+                negative prompt's, which is neutral all the same.
         """
         beside = shared.get("beside")
         if beside is None:
             return {}
         if beside.called:
             found = {name: beside.found[id(one)] for name, one in self.given.items() if id(one) in beside.found}
-            if "unconditional" not in guides and "negative" in beside.found:
-                found.setdefault("neutral", beside.found["negative"])
-            conditional = shared.get("conditional", beside.found.get("positive"))
+            conditional = beside.found.get("positive", shared.get("conditional"))
             found |= {} if conditional is None else {"conditional": conditional}
+            if "negative" in beside.found:
+                found.setdefault("unconditional" if "unconditional" in guides else "neutral", beside.found["negative"])
             self.offsets = {name: prediction - x for name, prediction in found.items()}
         else:  # a cache skipped the model: go on with the offsets of the latest call, as it does
             found = {name: x + offset for name, offset in self.offsets.items()}

@@ -115,10 +115,6 @@ def require(banks: dict[str, Bank | None], unwanted, neutral, method: str, weigh
                              "unwanted, or choose weight 'auto'")
     if banks["bank"] is not None:
         return
-    for name in ("retain", "reference"):
-        if banks[name] is not None:
-            raise ValueError(f"a {name} bank is connected and no negation bank; what to keep means nothing without what to steer away "
-                             f"from, so connect negation_bank, or take {name}_bank off")
     if unwanted is None:
         raise ValueError("nothing says what must not come out; connect negation_bank (from Build or Load Negation Bank), or unwanted (a "
                          "condition that means it, such as a prompt that asks for it), or both")
@@ -216,7 +212,8 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         if raw is not denoised:
             safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
         if step is not None:
-            report.steps.append(step if run["origin"] is None else replace(step, nearest=run["origin"][step.nearest]))
+            report.steps.append(step if run["origin"] is None else
+                                replace(step, nearest=torch.where(step.nearest < 0, -1, run["origin"][step.nearest])))
             run["live"].show(report.steps)
         return call_late(late, seen, denoised, safe_denoised)
 
@@ -242,11 +239,12 @@ def bank_inputs() -> list[io.Input]:
 def condition_inputs() -> list[io.Input]:
     return [
         io.Conditioning.Input("unwanted", optional=True,
-                              tooltip="A condition that asks for what must not come out, such as a prompt that names it: the model itself "
-                                      "tells how near that is and where to go instead. A step takes about half as long again. Optional."),
+                              tooltip="A condition that asks for what must not come out, such as a prompt that names it: the model "
+                                      "itself tells how near that is and where to go instead. Best on photographs. A step takes about "
+                                      "half as long again. Optional."),
         io.Conditioning.Input("neutral", optional=True,
-                              tooltip="A condition that means nothing in particular, with which unwanted is compared. Without one that is "
-                                      "the negative prompt. Optional."),
+                              tooltip="A condition that means nothing in particular, such as an empty prompt, with which unwanted is "
+                                      "compared. Needed at cfg 1; else the negative prompt serves. Optional."),
     ]
 
 
@@ -282,9 +280,10 @@ class ApplySafeDenoiser(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to patch; it is cloned, the original stays as it is."), *bank_inputs(),
                 method, strength, *rest,
                 io.Combo.Input("weight", options=list(WEIGHTS), default="auto",
-                               tooltip="How P(unsafe | x) is found. auto: evidence with a reference bank, retain with a retain bank, else "
-                                       "unconditional (leave the negative prompt empty), else, at cfg 1, gate. The others are for "
-                                       "comparison. Only for method safe_denoiser."),
+                               tooltip="How P(unsafe | x) is found. auto: witness with an unwanted condition; else evidence with a "
+                                       "reference bank (gaussian where distances cannot tell the banks apart), retain with a retain "
+                                       "bank, else unconditional (leave the negative prompt empty), else, at cfg 1, gate. The others "
+                                       "are for comparison. Only for method safe_denoiser."),
                 io.Float.Input("prior", default=0.0, min=0.0, max=0.999, step=0.001,
                                tooltip="Share of unsafe pictures among what the model makes by itself, as a probability. Higher steers "
                                        "harder. 0: automatic, 0.25 to 0.6 by the banks connected."),

@@ -555,9 +555,8 @@ class SafeDenoiser:
 
     def _frames(self, x: Tensor):
         """x as a batch of things the size of a bank item, and the way back."""
-        if self.bank is None:
-            return x, lambda y: y
-        item = self.bank.latents.shape[1:]
+        shown = self.bank or self.reference or self.retain
+        item = shown.latents.shape[1:] if shown else x.shape[1:]
         if x.shape[1:] == item:
             return x, lambda y: y
         if x.ndim == 5 and (x.shape[1], *x.shape[3:]) == tuple(item[:1]) + tuple(item[-2:]) and item.numel() == x[0, :, 0].numel():
