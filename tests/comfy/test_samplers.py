@@ -1,4 +1,5 @@
 """Every sampler: all of its model calls are seen, and each correction weighs what it weighs in the plain sampler."""
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, build, conditioning
@@ -35,19 +36,22 @@ def counting(model):
     return model, calls
 
 
+@pytest.mark.parametrize("by", ["banks", "unwanted condition"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_model_call_in_the_window_is_corrected(sampler, tiny, sample, matrix):
-    matrix.name, counts = f"sampler: {sampler}", []
+def test_every_model_call_in_the_window_is_corrected(sampler, by, tiny, sample, run, matrix):
+    matrix.name, counts = f"sampler: {sampler}, by {by}", []
+    given = None if by == "banks" else dict(unwanted=run("ClassCondition", class_index=7).result[0])
     for scheduler in ("simple", "karras", "beta"):
         choices = dict(sampler_name=sampler, scheduler=scheduler, steps=5, batch=1)
         model, calls = counting(tiny.model)
-        safe, report = sample.safe(model=model, settings=dict(start=START, end=END), **choices)
+        safe, report = sample.safe(given, dict(start=START, end=END), model=model, **choices)
         shift = [3 * t / (1 + 2 * t) for t in (1 - START, 1 - END)]  # the schedule of the tiny model, an SD 3
         inside = sum(shift[1] < sigma <= shift[0] for sigma in calls)
         assert torch.isfinite(safe).all() and not report.summary["fallbacks"]
         assert report.summary["model_calls"] == len(calls) and report.summary["corrected_calls"] == inside > 0
         counts.append(f"{inside} of {len(calls)}")
-    assert torch.equal(sample.safe(settings=dict(strength=0.0), **choices)[0], sample.stock(**choices))
+        assert np.isfinite(report.heard).any() == (by == "unwanted condition") and not report.notes
+    assert torch.equal(sample.safe(given, dict(strength=0.0), **choices)[0], sample.stock(**choices))
     matrix.outcome = f"pass (corrected {', '.join(counts)} calls)"
 
 
