@@ -8,6 +8,7 @@ Times are medians of interleaved calls, and what counts are the ratios within a 
     step      one correction with a negation bank and 100 reference samples, and by windows; and what collecting the report takes of it.
     sampler   the sampler's step on the tiny model, and on SD 1.5 at full size with random weights at 512 x 512 (needs a ComfyUI, named by
               the environment variable SAFE_DENOISER_COMFYUI), and the part of it that the patch takes.
+    condition the sampler's step with an unwanted condition against a plain step with guidance: three rows in a batch instead of two.
     disk      100,000 latents of 4 x 64 x 64 in half precision in a file (3.3 GB): time and resident memory of a step, and of one that
               searches. "its cluster": the weight is on the items around one centre.
     search    from how many items in memory on a search pays.
@@ -32,7 +33,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safe_denoiser import Bank, LatentCache, NegationSet, SafeDenoiser, compress_bank, encode_bank, index_bank, load_bank, posterior
-from safe_denoiser.denoiser import Prediction
+from safe_denoiser.prediction import Prediction
 
 ROOT = Path(__file__).parent.parent
 LARGEST = 7e9  # bytes: what needs more is left out
@@ -237,16 +238,6 @@ def full_size_rows(comfyui: str, counts: list[int], steps: int = 4) -> None:
                      reference_bank=Bank(draw(100, (4, 64, 64)), metadata={"space": "vae"}))
         patched = nodes["SafeDenoiserApply"].EXECUTE_NORMALIZED(model=model, **banks, **settings).args[0]
         outer, inner = [], []
-
-        def timed(times):
-            def wrapper(executor, *args, **kwargs):
-                began = time.perf_counter()
-                try:
-                    return executor(*args, **kwargs)
-                finally:
-                    times.append(time.perf_counter() - began)
-            return wrapper
-
         patched.wrappers[wrappers] = {"outer": [timed(outer)], **patched.wrappers[wrappers], "inner": [timed(inner)]}
         noise = draw(3, (4, 64, 64))[:1]
         comfy.sample.sample(patched, noise, steps, 7.0, "euler", "normal", prompt, prompt, torch.zeros_like(noise), seed=1)
@@ -254,6 +245,61 @@ def full_size_rows(comfyui: str, counts: list[int], steps: int = 4) -> None:
         step, cost = 1e3 * statistics.median(inner), statistics.median(extra)
         print(f"| SD 1.5, 512 x 512, cfg 7 | {n:,} + 100 | {step:.0f} | {cost:.2f} | {100 * cost / step:.2f} % | "
               f"first step, calibration included: {extra[0]:.0f} ms", flush=True)
+
+
+def timed(times: list[float]) -> Callable:
+    """A wrapper that leaves how long each call took."""
+    def wrapper(executor, *args, **kwargs):
+        began = time.perf_counter()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            times.append(time.perf_counter() - began)
+    return wrapper
+
+
+def tiny_condition_row() -> None:
+    from tiny_digits.world import LATENT, TinyDigits, prompt, reference_bank
+
+    world, noise, steps = TinyDigits(), draw(1, LATENT), 20
+    safe = SafeDenoiser(Bank(draw(150, LATENT)), reference=reference_bank()).safe
+    calls = {"plain": lambda: world.sample(noise, prompt("straight"), steps=steps),
+             "heard": lambda: world.sample(noise, prompt("straight"), steps=steps, safe=safe, unwanted=prompt("7"))}
+    found = {name: 1e3 / steps * seconds for name, seconds in medians(calls).items()}
+    print(f"| tiny model, 32 x 32 | {found['plain']:.1f} | {found['heard']:.1f} | {found['heard'] / found['plain']:.2f} |", flush=True)
+
+
+def full_size_condition_row(comfyui: str, steps: int = 4, rounds: int = 2) -> None:
+    """Runs with and without in turn, so that a machine that slows down slows both."""
+    nodes = load_pack(comfyui)
+    import comfy.patcher_extension
+    import comfy.sample
+
+    model, wrappers = sd15(), comfy.patcher_extension.WrappersMP.PREDICT_NOISE
+    prompt, unwanted = ([[draw(1, (77, 768)), {}]] for _ in range(2))
+    settings = {one.id: one.default for one in nodes["SafeDenoiserApply"].GET_SCHEMA().inputs if getattr(one, "default", None) is not None}
+    heard = nodes["SafeDenoiserApply"].EXECUTE_NORMALIZED(
+        model=model, unwanted=unwanted, negation_bank=Bank(draw(515, (4, 64, 64)), metadata={"space": "vae"}),
+        reference_bank=Bank(draw(100, (4, 64, 64)), metadata={"space": "vae"}), **settings).args[0]
+    models, times = {"plain": model.clone(), "heard": heard}, {"plain": [], "heard": []}
+    for name, patched in models.items():
+        patched.wrappers[wrappers] = {"timed": [timed(times[name])], **patched.wrappers.get(wrappers, {})}
+    noise = draw(3, (4, 64, 64))[:1]
+    for _ in range(rounds):
+        for patched in models.values():
+            comfy.sample.sample(patched, noise, steps, 7.0, "euler", "normal", prompt, prompt, torch.zeros_like(noise), seed=1)
+    plain, more = (1e3 * min(times[name]) for name in ("plain", "heard"))  # what else the machine does only adds
+    print(f"| SD 1.5, 512 x 512, cfg 7, 515 + 100 | {plain:.0f} | {more:.0f} | {more / plain:.2f} |", flush=True)
+
+
+def condition_table() -> None:
+    print("\n| sampler's step | plain guidance, ms | with an unwanted condition and banks, ms | ratio |\n|---|---|---|---|")
+    tiny_condition_row()
+    comfyui = os.environ.get("SAFE_DENOISER_COMFYUI")
+    if comfyui:
+        full_size_condition_row(comfyui)
+    else:
+        print("SD 1.5 at full size: left out, SAFE_DENOISER_COMFYUI names no ComfyUI")
 
 
 def sampler_table() -> None:
@@ -383,7 +429,8 @@ def main():
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, single precision")
     shapes = [(4, 64, 64), (16, 128, 128)]
-    sections = {"kernel": lambda: kernel_table([15, 515, 3000, 20_000], shapes), "sampler": sampler_table, "disk": disk_table,
+    sections = {"kernel": lambda: kernel_table([15, 515, 3000, 20_000], shapes), "sampler": sampler_table,
+                "condition": condition_table, "disk": disk_table,
                 "step": lambda: correction_table([15, 515, 3000, 20_000], shapes[0]), "build": build_table,
                 "search": lambda: crossover_table([1000, 3000, 10_000, 20_000], shapes[0]),
                 "smaller": lambda: prototype_table([5, 10, 25, 50, 100, 200, 400])}
