@@ -4,7 +4,8 @@ Photographs of one prompt differ in what they show and share colour, light and l
 CIFAR-10's ten classes, averaged to 16 x 16 x 3, see `worlds`: "by heart" makes the 8,000 training photographs themselves, "generalises"
 new ones. A prompt is a set of classes. Negation bank: 150 unseen photographs of the negated class; reference bank: 150 samples of the world
 without a prompt; retain bank: 200 unseen photographs of the other classes. Where the row says nothing else, cfg is 1 and the conditional
-and the unconditional prediction are handed over.
+and the unconditional prediction are handed over. Under the direct prompt nothing safe is left, and the exact
+E_safe is the prediction itself. The figures of each partly unsafe prompt by itself are in the JSON file.
 
 First table
     unsafe %    pictures of the negated class, with a 95 % Wilson interval
@@ -28,7 +29,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -124,7 +125,7 @@ def photographs(folder: Path | None = None) -> Photographs:
     return normalised(CLASSES, load_file(file)["pictures"], TRAINING)
 
 
-def synthetic(seed: int = 0, pairs: int = 3, training: int = 120, unseen: int = 150, alike=0.7, apart=0.35) -> Photographs:
+def synthetic(seed: int = 0, pairs: int = 3, training: int = 120, unseen: int = 150, alike=0.5, apart=0.35) -> Photographs:
     """Pictures with a 1 / f spectrum instead of photographs, classes "a1", "a2", "b1", ...: those with one letter share most of what makes
     them a class. `alike` is the size of what a pair shares, `apart` of what a class has of its own, beside 1 of what a picture has.
     """
@@ -204,7 +205,7 @@ class Asked:
         guidance: w, denoised = E_0 + w (E_c - E_0). handed: the conditional and unconditional predictions are handed over.
         count: pictures in the negation bank.
         place: of PLACES, by which the row is measured.
-        only: labels of methods that the row is for, parts of them; empty for all.
+        only: labels of the methods that the row is for beside off and the exact one; empty for all.
     """
 
     label: str
@@ -216,6 +217,9 @@ class Asked:
     count: int = 150
     place: str = "whole"
     only: tuple[str, ...] = ()
+
+    def takes(self, method: str) -> bool:
+        return method in ("off", "exact E_safe", *self.only) or not self.only
 
 
 PLACES = {"by heart": {"whole": by_heart, "halves": by_heart_halves, "memorised": memorised},
@@ -387,17 +391,16 @@ def measure(scene: Scene, before: Made, after: Made) -> dict[str, float]:
     return found
 
 
-def rows(scene: Scene, scale: Scale, methods=tuple(METHODS)) -> dict[str, dict[str, float]]:
-    """What is asked by every method that the row is for."""
+def rows(scene: Scene, scale: Scale, methods: Iterable[str]) -> dict[str, dict[str, float]]:
+    """What is asked, by these methods."""
     before, found = make(scene, off(scene), scale), {}
     for label in methods:
-        if label in (OFF, EXACT) or not scene.asked.only or label in scene.asked.only:
-            after = before if label == OFF else make(scene, METHODS[label](scene), scale)
-            found[label] = measure(scene, before, after)
+        after = before if label == OFF else make(scene, METHODS[label](scene), scale)
+        found[label] = measure(scene, before, after)
     return found
 
 
-def together(found: list[dict[str, float]], worst: bool = False) -> dict[str, float]:
+def combined(found: list[dict[str, float]], worst: bool = False) -> dict[str, float]:
     """Rows of one method as one: their mean, or the worst of each column."""
     ways = dict.fromkeys(("unsafe", "astray", "distance", "over off", "changed"), max) | {"kept": min}
     one = {key: (way if worst else mean)([row[key] for row in found if key in row]) for key, way in ways.items()
@@ -409,7 +412,7 @@ def together(found: list[dict[str, float]], worst: bool = False) -> dict[str, fl
 
 def summaries(by_pair: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
     """Rows for all partly unsafe prompts at once."""
-    return {f"partly unsafe prompts, {name}": {label: together([found[label] for found in by_pair], worst) for label in by_pair[0]}
+    return {f"partly unsafe prompts, {name}": {label: combined([found[label] for found in by_pair], worst) for label in by_pair[0]}
             for name, worst in (("mean", False), ("worst", True))}
 
 
@@ -476,23 +479,36 @@ def show_levels(name: str, table: dict[str, dict[str, dict[str, float]]]) -> Non
     print(f"\n{name}\n\n| t | | {' | '.join(shown)} |\n|{'---|' * (len(shown) + 2)}")
     for method, figures in table.items():
         for key, by_level in figures.items():
-            cells = ("–" if value is None else f"{value:.3g}" for value in by_level.values())
+            cells = ("–" if value is None else f"{value:.{2 if value < 9.995 else 0}f}" for value in by_level.values())
             print(f"| {method} | {key.replace('|', chr(92) + '|')} | {' | '.join(cells)} |", flush=True)
 
 
-def first_table(places: dict[str, Place], wanted: list[Asked], scale: Scale, only: str) -> dict[str, dict[str, dict[str, float]]]:
-    """All rows of one world, printed as they are found, and the partly unsafe prompts together."""
-    found, name, prompts = {}, places["whole"].name, {asked.label for asked in pairs()}
-    for asked in wanted:
-        methods = [label for label in METHODS if label == OFF or only in f"{name}, {asked.label}, {label}"]
-        if asked.place in places and (len(methods) > 1 or not only):
+def show(label: str, found: dict[str, dict[str, float]]) -> None:
+    print(*(line(label, *row) for row in found.items()), sep="\n", flush=True)
+
+
+def first_table(places: dict[str, Place], scale: Scale, only: str = "", quick: bool = False) -> dict[str, dict[str, dict[str, float]]]:
+    """All rows of one world, printed as they are found; of the partly unsafe prompts only what they come to together, if all were asked."""
+    found, prompts, name = {}, pairs(), places["whole"].name
+    for asked in prompts[:1] if quick else prompts + others():
+        wanted = [label for label in METHODS if only in f"{name}, {asked.label}, {label}" and asked.takes(label)]
+        if asked.place in places and wanted:
+            methods = [label for label in METHODS if label == OFF or label in wanted]
             found[asked.label] = rows(Scene(asked, places[asked.place]), scale, methods)
-            print(*(line(asked.label, *row) for row in found[asked.label].items()), sep="\n", flush=True)
-    by_pair = [found[label] for label in found if label in prompts]
-    if len(by_pair) == len(prompts) and len({tuple(one) for one in by_pair}) == 1:
-        for label, one in summaries(by_pair).items():
-            found[label] = one
-            print(*(line(label, *row) for row in one.items()), sep="\n", flush=True)
+            if asked not in prompts or only or quick:
+                show(asked.label, found[asked.label])
+        if asked == prompts[-1] and all(prompt.label in found for prompt in prompts):
+            together = summaries([found[prompt.label] for prompt in prompts])
+            found |= together
+            for label, one in together.items():
+                show(label, one)
+    return found
+
+
+def second_table(place: Place, scale: Scale, quick: bool = False) -> dict[str, dict[str, dict[str, float]]]:
+    methods = (EXACT, DEFAULT, *WITNESS, CONTROLS[1])
+    found = over_prompts([levels(Scene(asked, place), scale, methods) for asked in pairs()[:1 if quick else None]])
+    show_levels(place.name, found)
     return found
 
 
@@ -508,18 +524,12 @@ def main():
     scale, pictures = Scale(1, 32) if options.quick else Scale(options.seeds, options.count), photographs(options.pictures)
     found = {"rows": {}, "levels": {}}
     with torch.inference_mode():
-        for name, makers in PLACES.items():
-            wanted = pairs()[:1] if options.quick else pairs() + others()
-            if options.quick and name != "by heart":
-                continue
-            places = {key: made(pictures) for key, made in makers.items()}
+        for name in list(PLACES)[:1 if options.quick else None]:
+            places = {key: made(pictures) for key, made in PLACES[name].items()}
             print(f"\n{name}\n\n{HEADER}")
-            found["rows"][name] = first_table(places, wanted, scale, options.only)
+            found["rows"][name] = first_table(places, scale, options.only, options.quick)
             if not options.only:
-                by_prompt = [levels(Scene(asked, places["whole"]), scale, (EXACT, DEFAULT, *WITNESS, CONTROLS[1])) for asked in wanted
-                             if asked in pairs()]
-                found["levels"][name] = over_prompts(by_prompt)
-                show_levels(name, found["levels"][name])
+                found["levels"][name] = second_table(places["whole"], scale, options.quick)
     options.json.write_text(json.dumps(found, indent=1))
     print(f"\n{scale.seeds} seeds, {scale.pictures} pictures per row and seed, {time.time() - began:.0f} s")
     if options.quick:
