@@ -30,6 +30,7 @@ TUNED_PARTS = {"evidence": (0.6, 10.0), "retain": (0.3, 10.0)}  # the same insid
 PLAIN = (0.25, 0.0)  # the others are there for comparison, as published: no evidence
 RELEASE = 0.7, 0.9  # share of the way to E_u that a prompt pulls: where its guidance begins to be let go, and where all of it is
 SEEN = 0.85  # area under the ROC curve of banks by distance, from which kernels are trusted: digits 0.88 to 0.99, photographs below 0.83
+COPIES = 0.02  # share of copies of a bank's pictures in what the model makes, from which they count as memorised
 SAMPLE = 1024  # items of a larger bank on which it is calibrated: their Gram matrix is held in memory
 PERPLEXITY = 0.2  # share of the bank that the automatic temperature lets weigh, at noise of the bank's own spread
 
@@ -297,7 +298,9 @@ class SafeDenoiser:
 
     @cached_property
     def sees(self) -> bool:
-        """Whether distances tell the bank from the other bank, as they must for its kernel means to point anywhere."""
+        """Whether distances tell the bank from the other bank, as they must for its kernel means to point anywhere; or that other bank, what
+        the model makes, holds copies of the bank's pictures (memorised ones): these are near whatever they show.
+        """
         other = self.reference or self.retain
         if self.trusted is not None:
             return self.trusted
@@ -305,7 +308,14 @@ class SafeDenoiser:
             return False
         if min(len(self.bank), len(other)) < ENOUGH or self.bank.latents.ndim < 3:  # that cannot be judged
             return True
-        return self.bank.recall(f"separation beside {other.fingerprint}", lambda: locate(self.bank, other, 1).separation) > SEEN
+        apart = self.bank.recall(f"separation beside {other.fingerprint}", lambda: locate(self.bank, other, 1).separation)
+        return apart > SEEN or self.bank.recall(f"copies in {other.fingerprint}", lambda: self._copies(other)) > COPIES
+
+    def _copies(self, other: Bank) -> float:
+        """Share of another bank's items that lie twice as near to one of the bank's as the bank's own do to each other."""
+        mine, theirs = (bank.latents.flatten(1).to(self.sample.latents) for bank in (self.sample, other.sample(SAMPLE)))
+        nearest = squared_distances(theirs, mine, rows(1.0, theirs)).amin(1).sqrt()
+        return float((nearest < self.neighbour_distance / 2).float().mean())
 
     def _hears(self, p: Prediction) -> bool:
         """Whether the model itself is asked, and not the banks."""

@@ -102,6 +102,9 @@ def test_banks_are_trusted_where_distances_tell_them_apart():
     assert SafeDenoiser(bank, reference=reference, trusted=False).safe(x, x / 2, 1.0)[0].allclose(
         SafeDenoiser(bank, reference=reference, weight="gaussian").safe(x, x / 2, 1.0)[0])
     assert not SafeDenoiser(bank).sees, "alone, nothing says whether it may be trusted"
+    bank, reference = split(0.0)
+    memorised = Bank(torch.cat([reference.latents, bank.latents[:4] + 0.01]))
+    assert not SafeDenoiser(bank, reference=reference).sees and SafeDenoiser(bank, reference=memorised).sees
 
 
 def test_no_guidance_is_let_go_on_the_word_of_banks_that_see_nothing():
