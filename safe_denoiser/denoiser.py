@@ -298,7 +298,7 @@ class SafeDenoiser:
 
     @cached_property
     def sees(self) -> bool:
-        """Whether distances tell the bank from the other bank, as they must for its kernel means to point anywhere; or that other bank, what
+        """Whether distances tell the bank from the other bank, as they must for its kernel means to point anywhere; or that bank, what
         the model makes, holds copies of the bank's pictures (memorised ones): these are near whatever they show.
         """
         other = self.reference or self.retain

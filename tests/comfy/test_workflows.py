@@ -17,7 +17,8 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 PAGE_ONLY = {"MarkdownNote", "Note", "PrimitiveNode", "Reroute"}  # the page draws these, the server never sees them
 NOT_HERE = {  # the user's own files: choices that no list on this machine can hold
     "v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors", "sd3.5_large_fp8_scaled.safetensors",
-    "flux1-dev-fp8.safetensors", "my_negation_set",
+    "flux1-dev-fp8.safetensors", "flux1-redux-dev.safetensors", "sigclip_vision_patch14_384.safetensors", "sd21-unclip-h.ckpt",
+    "unwanted.png", "my_negation_set",
 }
 CONTROL = ("control_after_generate", "COMBO", {"options": ["fixed", "increment", "decrement", "randomize"]})
 
@@ -144,7 +145,7 @@ def slot_of(node, name):
 
 
 def unlink(workflow):
-    slot_of(node_of(workflow, "SafeDenoiserKSampler"), "negation_bank")["link"] = None
+    slot_of(node_of(workflow, "SafeDenoiserKSampler"), "positive")["link"] = None
 
 
 def cross(workflow):
@@ -162,7 +163,7 @@ BREAKAGES = {
     "its inputs are": lambda w: slot_of(node_of(w, "SafeDenoiserKSampler"), "retain_bank").update(name="keep"),
     "its outputs are not": lambda w: node_of(w, "SafeDenoiserReport")["outputs"].pop(),
     "other inputs are widgets": lambda w: slot_of(node_of(w, "VAEDecode"), "vae").update(widget={"name": "vae"}),
-    "negation_bank is required and not linked": unlink,
+    "positive is required and not linked": unlink,
     "slots and links disagree": lambda w: w["links"].pop(),
     "is unknown to its slots": cross,
     "from MODEL to VAE": cross,
@@ -185,7 +186,8 @@ def test_what_is_broken_is_noticed(what, object_info):
 
 def test_the_page_lists_them_with_thumbnails(server):
     assert set(NAMES) >= {"tiny_digits", "sd15", "sdxl", "sd35", "flux", "apply_sampler_custom_advanced",
-                          "compare_off_on", "xy_strength_window", "generate_negation_set", "check_and_sample_again"}
+                          "compare_off_on", "xy_strength_window", "generate_negation_set", "check_and_sample_again",
+                          "tiny_unwanted", "unwanted_words", "unwanted_pictures_redux", "unwanted_pictures_unclip"}
     assert sorted(server.get("/workflow_templates")["comfyui-safe-denoiser"]) == NAMES
     for name in NAMES:
         data = server.request(f"/api/workflow_templates/comfyui-safe-denoiser/{name}.jpg")
@@ -232,12 +234,15 @@ def to_prompt(workflow, object_info, **changes):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if any(file in str(load(name)) for file in NOT_HERE)])
 def test_the_server_misses_nothing_but_the_users_own_files(name, server, object_info):
+    workflow = load(name)
     with pytest.raises(RuntimeError, match="with 400") as refusal:
-        server.post("/prompt", {"prompt": to_prompt(load(name), object_info)})
+        server.post("/prompt", {"prompt": to_prompt(workflow, object_info)})
     answer = json.loads(str(refusal.value).partition("with 400: ")[2])
     missing = {(node["class_type"], error["extra_info"]["input_name"])
                for node in answer["node_errors"].values() for error in node["errors"]}
-    assert missing == {("CheckpointLoaderSimple", "ckpt_name"), ("SafeDenoiserLoadNegationSet", "folder")}
+    theirs = {(node["type"], key) for node in workflow["nodes"] if node["type"] not in PAGE_ONLY
+              for (key, _, _), value in zip(widgets(object_info[node["type"]]), node["widgets_values"]) if value in NOT_HERE}
+    assert missing == theirs and ("SafeDenoiserLoadNegationSet", "folder") in theirs
 
 
 @pytest.fixture(scope="module")
@@ -274,8 +279,18 @@ def test_tiny_digits_runs(draw, digits):
     assert report.startswith("corrected 20 of 20 model calls")
 
 
-def test_strength_0_is_the_stock_sampler(draw):
-    pictures, report = draw("tiny_digits", strength=0)
+def test_the_unwanted_condition_runs(draw, digits):
+    """Sevens go, nothing is a digit that was not asked for, most others stay, and the report says who told."""
+    pictures, report = draw("tiny_unwanted")
+    off, on = digits(pictures["PreviewImage"]), digits(pictures["SaveImage"])
+    assert (off == 7).any() and torch.isin(on, torch.tensor([1, 4])).all()
+    assert (on == off)[off != 7].float().mean() > 0.8
+    assert report.startswith("corrected 20 of 20 model calls") and "as the unwanted condition tells" in report.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", ["tiny_digits", "tiny_unwanted"])
+def test_strength_0_is_the_stock_sampler(name, draw):
+    pictures, report = draw(name, strength=0)
     assert np.array_equal(pictures["SaveImage"], pictures["PreviewImage"])
     assert "strength is 0" in report
 
