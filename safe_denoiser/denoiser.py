@@ -74,8 +74,9 @@ class SafeDenoiser:
     """Steers predictions away from a bank, an unwanted condition, or both: `safe_denoised = denoised + strength * correction` inside the
     sigma window.
 
-    Where `safe` is given the model's own prediction under the unwanted condition (`weight="witness"`, the best on photographs), that is E_u,
-    and tells r: see `witness.ByWitness`. The banks are then what it is measured with. Without it, with a reference bank (`weight="evidence"`)
+    Where `safe` is given the model's own prediction under the unwanted condition (`weight="witness"`, the best on photographs), that is
+    E_u, and tells r: see `witness.ByWitness`. The banks are then what it is measured with. Without it, with a reference bank
+    (`weight="evidence"`)
 
         log r = log prior + log p_u(x) - log p_ref(x) + evidence (t - 1/2),   r <= posterior_max
         t     = <denoised - E_ref, E_u - E_ref> / |E_u - E_ref|^2
@@ -100,8 +101,8 @@ class SafeDenoiser:
     Args:
         bank: what must not come out; latents (N, C, *spatial), in the space of `x`. None, where an unwanted condition says so alone.
         method: "safe_denoiser", or a neighbour: "spell", "sgf", "official", "official_sd3" (these two normalise the bank themselves).
-        weight: how r or beta is found. "auto": witness, evidence, retain, unconditional or gate, the first for which there is what it needs;
-            "gaussian", see `gaussian.ByGaussians`, in place of evidence where distances do not tell the banks apart, see `sees`.
+        weight: how r or beta is found. "auto": witness, evidence, retain, unconditional or gate, the first for which there is what it
+            needs; "gaussian", see `gaussian.ByGaussians`, in place of evidence where distances do not tell the banks apart, see `sees`.
             For comparison: "reference" (evidence 0), "ratio_beta" (the theorem as printed), "tracked", "triangle", "constant".
         retain: pictures to keep.
         reference: the model's own samples.

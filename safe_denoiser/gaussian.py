@@ -107,8 +107,8 @@ class ByGaussians:
 
     with E_u and E_other of one covariance, so that E_other - E_u = sigma^2 (alpha^2 Sigma + sigma^2 I)^-1 (mu_other - mu_u) is the whitened
     difference of the means, and fades where x tells more than they do; t the share of mu_u in what the prompt asks for beyond the
-    unconditional prediction, in the same metric. Source: arXiv:2502.08011, Thm 3.2. On photographs, against the exact E_safe, kernels are up
-    to 30 times as wrong as doing nothing, this at most 1.02 times over all x (`benchmarks/photographs.py`); nor does it do much.
+    unconditional prediction, in the same metric. Source: arXiv:2502.08011, Thm 3.2. On photographs, against the exact E_safe, kernels are
+    up to 30 times as wrong as doing nothing, this at most 1.02 times over all x (`benchmarks/photographs.py`); nor does it do much.
     """
 
     unsafe: Gaussian
