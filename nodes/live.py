@@ -43,4 +43,4 @@ class Live:
 
     def end(self, report: Report) -> None:
         """Leave the verdict on the node, in lines as short as its text is wide."""
-        self.send(report.verdict.replace(", ", "\n", 1) if report.steps else "off: strength is 0")
+        self.send(report.verdict.replace(", ", "\n", 2) if report.steps else "off: strength is 0")

@@ -27,6 +27,8 @@ def test_every_template_opens(page):
         page.view.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         page.view.get_by_text("comfyui-safe-denoiser", exact=True).first.click()
         card = page.view.get_by_test_id(f"template-workflow-{name}")
+        page.view.locator("[data-testid^=template-workflow-]").first.hover()
+        page.view.mouse.wheel(0, 5000)  # the page lists twelve, and the others when one scrolls on
         card.scroll_into_view_if_needed()
         page.view.wait_for_function("name => document.querySelector(`[data-testid=template-workflow-${name}] img`)?.naturalWidth >= 320",
                                     arg=name)
@@ -44,6 +46,15 @@ def test_every_template_opens(page):
         assert found["missing"] == [] and found["links"] == found["slots"] == 0, (name, found)
         assert not any("node" in text.lower() and "missing" in text.lower() for text in found["dialogs"]), (name, found)
         page.close_dialogs()
+
+
+def test_the_unwanted_condition_runs_and_the_node_says_what_it_told(page):
+    page.load("tiny_unwanted")
+    entry = page.run()
+    off, on = page.pictures("PreviewImage", entry), page.pictures("SaveImage", entry)
+    assert len(on) == 16 and any((a != b).any() for a, b in zip(off, on))
+    said = page.values("SafeDenoiserKSampler")["$$node-text-preview"].splitlines()
+    assert said[0] == "corrected 20 of 20 model calls" and said[2].startswith("as the unwanted condition tells (t ")
 
 
 def test_the_tiny_workflow_runs_and_another_set_reruns_only_what_follows(page):
