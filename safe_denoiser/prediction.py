@@ -48,18 +48,20 @@ class Correction:
 
 
 def first(memory: dict, name: str, sigma: Tensor, value: Tensor) -> Tensor:
-    """What `value` (B,) was at a run's first call, (B,); a run ends where sigma (B,) rises. `memory` holds it under `name`."""
+    """What `value` (B,) was at a run's first call that gave a number, (B,); a run ends where sigma (B,) rises. `memory` holds it under
+    `name`.
+    """
     before = memory.get(name)
     if before is not None and before[0].shape == sigma.shape:
-        value = torch.where(sigma <= before[0], before[1], value)
+        value = torch.where((sigma <= before[0]) & before[1].isfinite(), before[1], value)
     memory[name] = sigma, value
     return value
 
 
 def largest(memory: dict, name: str, sigma: Tensor, value: Tensor) -> Tensor:
-    """The largest `value` (B,) that a run has seen, (B,), as `first` tells runs."""
+    """The largest `value` (B,) that a run has seen, (B,), as `first` tells runs; a value that is no number is forgotten."""
     before = memory.get(name)
     if before is not None and before[0].shape == sigma.shape:
-        value = torch.where(sigma <= before[0], torch.maximum(value, before[1]), value)
+        value = torch.where(sigma <= before[0], torch.fmax(value, before[1]), value)
     memory[name] = sigma, value
     return value

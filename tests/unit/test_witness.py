@@ -60,6 +60,17 @@ def test_a_gap_that_shrinks_is_remembered_by_the_run():
     assert float(again.posterior) == pytest.approx(0.2, abs=1e-3)
 
 
+def test_one_call_that_gives_no_number_does_not_spoil_the_run():
+    denoiser, one = SafeDenoiser(None), torch.ones(1, 1, 6, dtype=F64)
+    steps = []
+    for unwanted, sigma in ((UNWANTED * math.nan, 60.0), (UNWANTED, 50.0), (UNWANTED * math.nan, 45.0), (UNWANTED, 40.0)):
+        safe, step = denoiser.safe(one, mixed(0.5)[None], sigma, unconditional=ZERO[None], conditional=mixed(0.5)[None],
+                                   unwanted=unwanted[None])
+        steps.append(step)
+    assert [bool(step.fallback) for step in steps] == [True, False, True, False]
+    assert float(steps[1].posterior) == pytest.approx(0.5, abs=1e-2) and float(steps[3].posterior) == pytest.approx(0.5, abs=1e-2)
+
+
 def test_evidence_once_the_noise_is_low():
     high, low = (ByWitness().correct(predict(0.5, sigma=sigma), {}).posterior for sigma in (50.0, 0.2))
     apart = float((mixed(0.5) - UNWANTED).square().sum())
