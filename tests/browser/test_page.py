@@ -48,15 +48,6 @@ def test_every_template_opens(page):
         page.close_dialogs()
 
 
-def test_the_unwanted_condition_runs_and_the_node_says_what_it_told(page):
-    page.load("tiny_unwanted")
-    entry = page.run()
-    off, on = page.pictures("PreviewImage", entry), page.pictures("SaveImage", entry)
-    assert len(on) == 16 and any((a != b).any() for a, b in zip(off, on))
-    said = page.values("SafeDenoiserKSampler")["$$node-text-preview"].splitlines()
-    assert said[0] == "corrected 20 of 20 model calls" and said[2].startswith("as the unwanted condition tells (t ")
-
-
 def test_the_tiny_workflow_runs_and_another_set_reruns_only_what_follows(page):
     page.load("tiny_digits")
     first = page.run()
@@ -235,3 +226,12 @@ def test_names_and_tooltips_follow_the_language(japanese):
     tooltip = page.view.locator(".node-tooltip")
     tooltip.wait_for(timeout=5000)
     assert tooltip.inner_text() == words["inputs"]["weight"]["tooltip"].replace("{'|'}", "|")
+
+
+def test_the_unwanted_condition_runs_and_the_node_says_what_it_told(page):
+    page.load("tiny_unwanted")
+    entry = page.run()
+    off, on = page.pictures("PreviewImage", entry), page.pictures("SaveImage", entry)
+    assert len(on) == 16 and any((a != b).any() for a, b in zip(off, on))
+    said = page.values("SafeDenoiserKSampler")["$$node-text-preview"].splitlines()
+    assert said[0] == "corrected 20 of 20 model calls" and said[2].startswith("as the unwanted condition tells (t ")
