@@ -265,7 +265,7 @@ def tiny_condition_row() -> None:
     safe = SafeDenoiser(Bank(draw(150, LATENT)), reference=reference_bank()).safe
     calls = {"plain": lambda: world.sample(noise, prompt("straight"), steps=steps),
              "heard": lambda: world.sample(noise, prompt("straight"), steps=steps, safe=safe, unwanted=prompt("7"))}
-    found = {name: 1e3 / steps * seconds for name, seconds in medians(calls).items()}
+    found = {name: milliseconds / steps for name, milliseconds in medians(calls).items()}
     print(f"| tiny model, 32 x 32 | {found['plain']:.1f} | {found['heard']:.1f} | {found['heard'] / found['plain']:.2f} |", flush=True)
 
 
