@@ -223,6 +223,15 @@ def sd15() -> object:
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
+def patched_with(nodes: dict, model, n: int, **conditions):
+    """The model behind Apply Safe Denoiser at its defaults, with n negation pictures and 100 of reference."""
+    apply = nodes["SafeDenoiserApply"]
+    settings = {one.id: one.default for one in apply.GET_SCHEMA().inputs if getattr(one, "default", None) is not None}
+    banks = {name: Bank(draw(count, (4, 64, 64)), metadata={"space": "vae"}) for name, count in
+             (("negation_bank", n), ("reference_bank", 100))}
+    return apply.EXECUTE_NORMALIZED(model=model, **banks, **conditions, **settings).args[0]
+
+
 def full_size_rows(comfyui: str, counts: list[int], steps: int = 4) -> None:
     """The patch timed inside the run, from outside its wrapper and from inside: the difference of two runs would be noise."""
     nodes = load_pack(comfyui)
@@ -231,12 +240,9 @@ def full_size_rows(comfyui: str, counts: list[int], steps: int = 4) -> None:
 
     model, wrappers = sd15(), comfy.patcher_extension.WrappersMP.PREDICT_NOISE
     prompt = [[draw(1, (77, 768)), {}]]
-    settings = {one.id: one.default for one in nodes["SafeDenoiserApply"].GET_SCHEMA().inputs if getattr(one, "default", None) is not None}
     print(f"(SD 1.5 has {sum(w.numel() for w in model.model.diffusion_model.parameters()):,} parameters)", flush=True)
     for n in counts:
-        banks = dict(negation_bank=Bank(draw(n, (4, 64, 64)), metadata={"space": "vae"}),
-                     reference_bank=Bank(draw(100, (4, 64, 64)), metadata={"space": "vae"}))
-        patched = nodes["SafeDenoiserApply"].EXECUTE_NORMALIZED(model=model, **banks, **settings).args[0]
+        patched = patched_with(nodes, model, n)
         outer, inner = [], []
         patched.wrappers[wrappers] = {"outer": [timed(outer)], **patched.wrappers[wrappers], "inner": [timed(inner)]}
         noise = draw(3, (4, 64, 64))[:1]
@@ -277,11 +283,7 @@ def full_size_condition_row(comfyui: str, steps: int = 4, rounds: int = 2) -> No
 
     model, wrappers = sd15(), comfy.patcher_extension.WrappersMP.PREDICT_NOISE
     prompt, unwanted = ([[draw(1, (77, 768)), {}]] for _ in range(2))
-    settings = {one.id: one.default for one in nodes["SafeDenoiserApply"].GET_SCHEMA().inputs if getattr(one, "default", None) is not None}
-    heard = nodes["SafeDenoiserApply"].EXECUTE_NORMALIZED(
-        model=model, unwanted=unwanted, negation_bank=Bank(draw(515, (4, 64, 64)), metadata={"space": "vae"}),
-        reference_bank=Bank(draw(100, (4, 64, 64)), metadata={"space": "vae"}), **settings).args[0]
-    models, times = {"plain": model.clone(), "heard": heard}, {"plain": [], "heard": []}
+    models, times = {"plain": model.clone(), "heard": patched_with(nodes, model, 515, unwanted=unwanted)}, {"plain": [], "heard": []}
     for name, patched in models.items():
         patched.wrappers[wrappers] = {"timed": [timed(times[name])], **patched.wrappers.get(wrappers, {})}
     noise = draw(3, (4, 64, 64))[:1]

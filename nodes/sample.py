@@ -100,11 +100,6 @@ def guidance(guider, seen: dict) -> dict[str, torch.Tensor]:
     return {"unconditional": seen["uncond_denoised"], "conditional": seen["cond_denoised"]}
 
 
-def is_open(denoiser: SafeDenoiser, sigma: torch.Tensor) -> bool:
-    """Whether any picture of the batch is inside the window."""
-    return bool(((sigma > denoiser.sigma_end) & (sigma <= denoiser.sigma_start)).any())
-
-
 def require(banks: dict[str, Bank | None], unwanted, neutral, method: str, weight: str) -> None:
     """Raise where nothing says what must not come out, or something is connected that means nothing without it."""
     if unwanted is None:
@@ -195,7 +190,7 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         shared = model_options.get(KEY, {})  # of several patches on one model, all correct the prediction that the innermost got
         model_options = {**model_options, KEY: shared}
         if witness.given:
-            model_options = witness.ask(guider, shared, model_options, timestep, is_open(run["denoiser"], level[0]))
+            model_options = witness.ask(guider, shared, model_options, timestep, bool(run["denoiser"].opens(level[0]).any()))
         denoised = executor(x, timestep, model_options, *args, **kwargs)
         guides = guidance(guider, seen)
         if guides:

@@ -17,7 +17,7 @@ from .bank import Bank
 from .calibration import Calibration, calibrate, temperature_for
 from .gaussian import ByGaussians, fit
 from .kernel import Posterior, posterior, rows, squared_distances
-from .parts import ENOUGH, Located, choose, locate, windows
+from .parts import ENOUGH, Located, choose, separation, windows
 from .prediction import Correction, Prediction, largest
 from .witness import PRIOR, ByWitness
 
@@ -66,7 +66,13 @@ class Step:
 def _nothing(p: Prediction) -> Correction:
     """No correction: where nothing is sampled, or a bank's items do not differ."""
     none = torch.zeros_like(p.sigma)
-    return Correction(torch.zeros_like(p.denoised), none, none.long() - 1, none.bool(), none)
+    return Correction.unasked(torch.zeros_like(p.denoised), none, none.bool())
+
+
+def _between_neighbours(latents: Tensor) -> float:
+    """Median distance of an item of flat latents (N, D) to its nearest neighbour."""
+    distances = squared_distances(latents, latents, rows(1.0, latents))
+    return float(distances.fill_diagonal_(math.inf).amin(1).sqrt().median())
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +173,7 @@ class SafeDenoiser:
             if bank is not None and self.bank is not None and bank.latents.shape[1:] != self.bank.latents.shape[1:]:
                 raise ValueError(f"{name} bank latents are {tuple(bank.latents.shape[1:])} but the negation bank's are "
                                  f"{tuple(self.bank.latents.shape[1:])}; build both with the same VAE at the same size")
-        if self.weight in ("ratio_beta", "gaussian") and self.reference is None and self.retain is None:
+        if self.weight in ("ratio_beta", "gaussian") and self.other is None:
             raise ValueError(f"weight {self.weight!r} needs a reference bank or a retain bank; connect one or choose weight 'auto'")
         if self.semantic is not None and self.retain is None:
             raise ValueError("the semantic posterior needs a retain bank, towards which to steer; connect one")
@@ -178,10 +184,15 @@ class SafeDenoiser:
             raise ValueError(f"prior is {self.prior} and posterior_max is {self.posterior_max}; both lie between 0 and 1")
 
     @property
+    def other(self) -> Bank | None:
+        """What the bank is compared with: the model's own samples, else the pictures to keep."""
+        return self.reference or self.retain
+
+    @property
     def _compares(self) -> bool:
         """Whether there is another bank, with which windows can be compared."""
         return (self.bank is not None and self.method == "safe_denoiser" and self.weight in ("auto", "evidence", "retain", "reference")
-                and not (self.reference is None and self.retain is None) and self.semantic is None and self.root is None
+                and self.other is not None and self.semantic is None and self.root is None
                 and self.bank.latents.ndim > 2)
 
     @cached_property
@@ -189,9 +200,8 @@ class SafeDenoiser:
         """How many parts a side, and where in each picture of the bank the unwanted thing is."""
         if not self._compares:
             return 1, None
-        other = self.reference or self.retain
-        parts, *found = self.bank.recall(f"parts {self.parts} beside {other.fingerprint}",
-                                         lambda: choose(self.bank, other, self.parts))
+        parts, *found = self.bank.recall(f"parts {self.parts} beside {self.other.fingerprint}",
+                                         lambda: choose(self.bank, self.other, self.parts))
         return parts, Located(*found) if found else None
 
     @cached_property
@@ -226,11 +236,7 @@ class SafeDenoiser:
         if len(self.latents) == 1:
             return float(self.latents.norm())
 
-        def median():
-            distances = squared_distances(self.latents, self.latents, rows(1.0, self.latents))
-            return float(distances.fill_diagonal_(math.inf).amin(1).sqrt().median())
-
-        return self.bank.recall(f"neighbour distance {self.method}", median)
+        return self.bank.recall(f"neighbour distance {self.method}", lambda: _between_neighbours(self.latents))
 
     @cached_property
     def kernel_bandwidth(self) -> float:
@@ -273,7 +279,7 @@ class SafeDenoiser:
         if weight == "auto":
             weight = ("evidence" if self.reference else "retain" if self.retain else
                       "unconditional" if p.unconditional is not None else "gate")
-            if weight == "evidence" and self.gaussians and not self.sees:
+            if weight == "evidence" and not self.sees and self.gaussians:
                 weight = "gaussian"
         if weight == "gaussian":
             return self.gaussians.correct(p) if self.gaussians else _nothing(p)
@@ -288,15 +294,14 @@ class SafeDenoiser:
     @cached_property
     def witness(self) -> ByWitness:
         """The rule that hears the model's prediction under the unwanted condition."""
-        other = self.reference or self.retain
-        model = self.gaussians.other if self.gaussians else fit(other or self.bank) if other or self.bank else None
-        return ByWitness(self.gaussians, model, model is not None and other is not None, self.prior or PRIOR, self.posterior_max)
+        widest = self.other or self.bank
+        model = self.gaussians.other if self.gaussians else widest and fit(widest)
+        return ByWitness(self.gaussians, model, model is not None and self.other is not None, self.prior or PRIOR, self.posterior_max)
 
     @cached_property
     def gaussians(self) -> ByGaussians | None:
         """The rule of two banks as Gaussians; None where there are not two, or one whose items do not differ."""
-        other = self.reference or self.retain
-        both = [bank and fit(bank) for bank in (self.bank, other)]
+        both = [bank and fit(bank) for bank in (self.bank, self.other)]
         prior, evidence = self._tuned("gaussian")
         return ByGaussians(*both, prior, evidence, self.posterior_max) if all(both) else None
 
@@ -305,21 +310,19 @@ class SafeDenoiser:
         """Whether distances tell the bank from the other bank, as they must for its kernel means to point anywhere; or that bank, what
         the model makes, holds copies of the bank's pictures (memorised ones): these are near whatever they show.
         """
-        other = self.reference or self.retain
         if self.trusted is not None:
             return self.trusted
-        if self.bank is None or other is None:
+        if self.bank is None or self.other is None or self.method != "safe_denoiser":
             return False
-        if min(len(self.bank), len(other)) < ENOUGH or self.bank.latents.ndim < 3:  # that cannot be judged
+        if min(len(self.bank), len(self.other)) < ENOUGH or self.bank.latents.ndim < 3:  # that cannot be judged
             return True
-        apart = self.bank.recall(f"separation beside {other.fingerprint}", lambda: locate(self.bank, other, 1).separation)
-        return apart > SEEN or self.bank.recall(f"copies in {other.fingerprint}", lambda: self._copies(other)) > COPIES
+        return separation(self.bank, self.other, 1) > SEEN or self.bank.recall(f"copies in {self.other.fingerprint}", self._copies) > COPIES
 
-    def _copies(self, other: Bank) -> float:
-        """Share of another bank's items that lie twice as near to one of the bank's as the bank's own do to each other."""
-        mine, theirs = (bank.latents.flatten(1).to(self.sample.latents) for bank in (self.sample, other.sample(SAMPLE)))
+    def _copies(self) -> float:
+        """Share of the other bank's items that lie twice as near to one of the bank's as the bank's own do to each other."""
+        mine, theirs = (bank.latents[:].flatten(1).to(self.sample.latents) for bank in (self.sample, self.other.sample(SAMPLE)))
         nearest = squared_distances(theirs, mine, rows(1.0, theirs)).amin(1).sqrt()
-        return float((nearest < self.neighbour_distance / 2).float().mean())
+        return float((nearest < _between_neighbours(mine) / 2).float().mean())
 
     def _hears(self, p: Prediction) -> bool:
         """Whether the model itself is asked, and not the banks."""
@@ -473,14 +476,12 @@ class SafeDenoiser:
         With root = sqrt(m) that is |root x - root y|^2, so each method works unchanged on inputs and banks multiplied by root. The
         kernel keeps the bandwidth of the whole bank, which is a length per element.
         """
-        if self.bank is None:
-            return replace(self, retain=self.retain and self.retain.masked(mask.sqrt()),
-                           reference=self.reference and self.reference.masked(mask.sqrt()), root=mask.sqrt())
-        root = mask.to(torch.promote_types(self.bank.latents.dtype, torch.float32)).sqrt()
+        stored = self.bank.latents if self.bank else mask
+        root = mask.to(torch.promote_types(stored.dtype, torch.float32)).sqrt()
         bank = self.bank.normalised() if self.method.startswith("official") else self.bank
-        return replace(self, bank=bank.masked(root), retain=self.retain and self.retain.masked(root),
-                       reference=self.reference and self.reference.masked(root), bandwidth=self.kernel_bandwidth, semantic=None,
-                       parts=1, root=root, trusted=self.sees)
+        return replace(self, bank=bank and bank.masked(root), retain=self.retain and self.retain.masked(root),
+                       reference=self.reference and self.reference.masked(root), semantic=None, parts=1, root=root, trusted=self.sees,
+                       bandwidth=self.kernel_bandwidth if bank else self.bandwidth)
 
     def correct_inside(self, mask: Tensor, p: Prediction) -> Correction:
         """`correct`, each row with distances inside its own mask (B, D) and no correction where the mask is 0.
@@ -511,6 +512,10 @@ class SafeDenoiser:
         names = set.intersection(*(set(inside._run) for _, inside in parts)) if parts else ()
         order = torch.cat([index for index, _ in parts]).argsort() if parts else None
         return {name: tuple(torch.cat(values)[order] for values in zip(*(inside._run[name] for _, inside in parts))) for name in names}
+
+    def opens(self, sigma: Tensor) -> Tensor:
+        """Which noise levels (B,) lie inside the window, (B,), bool."""
+        return (sigma > self.sigma_end) & (sigma <= self.sigma_start)
 
     @torch.no_grad()
     def safe(self, x: Tensor, denoised: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0,
@@ -544,7 +549,7 @@ class SafeDenoiser:
         flat, predicted, *guides = (y if y is None else self._frames(y)[0].flatten(1).to(dtype)
                                     for y in (x, denoised, unconditional, conditional, unwanted, neutral))
         sigma, alpha = (rows(value, flat)[:, 0].expand(len(x)).repeat_interleave(len(flat) // len(x)) for value in (sigma, alpha))
-        inside = (sigma > self.sigma_end) & (sigma <= self.sigma_start)
+        inside = self.opens(sigma)
         prediction = Prediction(flat, predicted, sigma, alpha, *guides)
         if mask is None:
             correction = self.correct(prediction)
@@ -569,7 +574,7 @@ class SafeDenoiser:
 
     def _frames(self, x: Tensor):
         """x as a batch of things the size of a bank item, and the way back."""
-        shown = self.bank or self.reference or self.retain
+        shown = self.bank or self.other
         item = shown.latents.shape[1:] if shown else x.shape[1:]
         if x.shape[1:] == item:
             return x, lambda y: y

@@ -10,6 +10,7 @@ from .prediction import Correction, Prediction
 
 TRUST = 0.35  # of the log ratio of two banks' Gaussians, which few pictures in many dimensions make too sure
 RANGE = -8.0, 3.0  # of what that ratio may add to the log odds
+TINY = 1e-20
 ITEMS = 512  # of a larger bank that are looked at: a covariance is told by few, and their Gram matrix is decomposed
 
 
@@ -98,6 +99,14 @@ def fit(bank: Bank) -> Gaussian | None:
                     1 / weights.square().sum(), size)
 
 
+def along(v: Tensor, axis: Tensor, metric: Gaussian | None = None, error: Tensor | float = 0.0) -> Tensor:
+    """(<v, axis>_M - error) / (|axis|_M^2 - error), (B,), with M = Sigma^-1 of `metric`, else I; at most half of the length is an error."""
+    measured = axis if metric is None else metric.whitened(axis)
+    part, whole = ((y * measured).sum(1) for y in (v, axis))
+    error = torch.minimum(torch.as_tensor(error).to(whole), whole / 2)
+    return (part - error) / (whole - error).clamp_min(TINY)
+
+
 @dataclass(frozen=True, eq=False)
 class ByGaussians:
     """The safe denoiser of two banks as Gaussians: the cautious one, for banks that a distance cannot tell apart.
@@ -126,10 +135,8 @@ class ByGaussians:
         """The correction at strength 1."""
         other = self.other.denoised(p.x, p.sigma, p.alpha)
         axis = replace(self.other, mean=self.unsafe.mean).denoised(p.x, p.sigma, p.alpha) - other
-        measured = self.other.whitened(axis)
         asked, zero = (p.denoised, other) if p.unconditional is None else (p.conditional, p.unconditional)
-        t = ((asked - zero) * measured).sum(1) / (axis * measured).sum(1).clamp_min(1e-20)
-        log_r = math.log(self.prior) + self.log_ratio(p) + self.evidence * (t.clamp(-1, 2) - 0.5)
-        r = log_r.exp().clamp_max(self.posterior_max)
-        none = torch.zeros_like(r)
-        return Correction((r / (1 - r)).clamp_max(1)[:, None] * -axis, r, none.long() - 1, log_r.exp() > self.posterior_max, none)
+        t = along(asked - zero, axis, self.other)
+        found = (math.log(self.prior) + self.log_ratio(p) + self.evidence * (t.clamp(-1, 2) - 0.5)).exp()
+        r = found.clamp_max(self.posterior_max)
+        return Correction.unasked((r / (1 - r)).clamp_max(1)[:, None] * -axis, r, found > self.posterior_max)

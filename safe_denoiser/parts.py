@@ -128,6 +128,11 @@ def locate(bank: Bank, other: Bank, parts: int) -> Located:
     return Located(found.tolist(), separation)
 
 
+def separation(bank: Bank, other: Bank, parts: int) -> float:
+    """How well windows of 1 / parts of each side tell the bank from the other, see `Located`; found once, on a part of a large bank."""
+    return bank.recall(f"separation by {parts} beside {other.fingerprint}", lambda: locate(bank.sample(SAMPLE), other, parts).separation)
+
+
 def choose(bank: Bank, other: Bank, parts: int | None) -> list:
     """How many parts a side, and what `Located` holds where there are several: [1] or [parts, window, separation].
 
@@ -136,7 +141,7 @@ def choose(bank: Bank, other: Bank, parts: int | None) -> list:
     if parts == 1:
         return [1]
     if parts is None:
-        halves, whole = (locate(bank.sample(SAMPLE), other, k).separation for k in (2, 1))
+        halves, whole = (separation(bank, other, k) for k in (2, 1))
         if halves <= max(whole + MARGIN, TELLING):
             return [1]
     found = locate(bank, other, parts or 2)

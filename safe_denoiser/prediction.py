@@ -1,4 +1,5 @@
 """What a method hears of one model call, what it answers, and what the report keeps of it."""
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,22 +47,27 @@ class Correction:
     omitted: Tensor
     projection: Tensor | None = None
 
+    @classmethod
+    def unasked(cls, direction: Tensor, posterior: Tensor, clamped: Tensor, projection: Tensor | None = None) -> "Correction":
+        """An answer for which no item of a bank was looked at."""
+        none = torch.zeros_like(posterior)
+        return cls(direction, posterior, none.long() - 1, clamped, none, projection)
 
-def first(memory: dict, name: str, sigma: Tensor, value: Tensor) -> Tensor:
-    """What `value` (B,) was at a run's first call that gave a number, (B,); a run ends where sigma (B,) rises. `memory` holds it under
-    `name`.
-    """
+
+def _carried(memory: dict, name: str, sigma: Tensor, value: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`join` of what a run remembers and `value`, (B,) each; where sigma (B,) rises a new run begins. `memory` holds it under `name`."""
     before = memory.get(name)
     if before is not None and before[0].shape == sigma.shape:
-        value = torch.where((sigma <= before[0]) & before[1].isfinite(), before[1], value)
+        value = torch.where(sigma <= before[0], join(before[1], value), value)
     memory[name] = sigma, value
     return value
+
+
+def first(memory: dict, name: str, sigma: Tensor, value: Tensor) -> Tensor:
+    """What `value` (B,) was at a run's first call that gave a number, (B,), see `_carried`."""
+    return _carried(memory, name, sigma, value, lambda before, now: torch.where(before.isfinite(), before, now))
 
 
 def largest(memory: dict, name: str, sigma: Tensor, value: Tensor) -> Tensor:
-    """The largest `value` (B,) that a run has seen, (B,), as `first` tells runs; a value that is no number is forgotten."""
-    before = memory.get(name)
-    if before is not None and before[0].shape == sigma.shape:
-        value = torch.where(sigma <= before[0], torch.fmax(value, before[1]), value)
-    memory[name] = sigma, value
-    return value
+    """The largest `value` (B,) that a run has seen, (B,), see `_carried`; a value that is no number is forgotten."""
+    return _carried(memory, name, sigma, value, torch.fmax)

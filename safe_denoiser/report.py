@@ -70,7 +70,8 @@ class Report:
             return f"the model gave NaN or infinity {s['fallbacks']} times; those predictions were left as they were"
         if not s["corrected_calls"]:
             return f"nothing was corrected: none of the {s['model_calls']} model calls lay in the window (start to end)"
-        heard = self.heard[np.isfinite(self.heard)]
+        heard = self.heard
+        heard = heard[np.isfinite(heard)]
         if s["posterior"] < 0.01 and len(heard):
             return f"nothing was corrected: the prompt asks for nothing like the unwanted condition, t at most {heard.max():.2f}"
         if s["posterior"] < 0.01:
@@ -94,7 +95,8 @@ class Report:
 
     def table(self) -> str:
         """A line per model call: mean over the batch, largest in brackets; t, the prompt's share of the unwanted, where it was asked."""
-        v, heard = self.values, bool(np.isfinite(self.heard).any())
+        v = self.values
+        heard = bool(np.isfinite(v["projection"]).any())
         lines = [self.verdict, self.counts, *self.notes,
                  f"call   sigma      posterior r     correction      active{'   share t' if heard else ''}"]
         for i in range(len(self.steps)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gaussian import ByGaussians, Gaussian
+from .gaussian import TINY, ByGaussians, Gaussian, along
 from .methods import projection
 from .prediction import Correction, Prediction, first, largest
 
@@ -17,7 +17,6 @@ PRIOR = 0.1  # share of unsafe pictures where no prompt says anything
 SILENT = 1e-3  # a prompt that moves the prediction by less than this share of what the unwanted condition does (squared) says nothing
 NOISE = 0.1  # signal to noise, in power, below which x tells next to nothing
 RELEASE = 0.8, 0.95  # `closeness` of a prompt to the unwanted condition: where its guidance begins to be let go, and where all is
-TINY = 1e-20
 
 
 def from_witness(conditional: Tensor, unwanted: Tensor, r: Tensor) -> Tensor:
@@ -37,11 +36,12 @@ def coordinate(conditional: Tensor, neutral: Tensor, unwanted: Tensor, metric: G
     all pictures differ); with M = I it is not. `error` is what the chance of E_0 adds to both products, at most half of the second.
     Source of the metric: linear discriminant analysis, Fisher, Annals of Eugenics 7 (1936).
     """
-    axis = unwanted - neutral
-    measured = axis if metric is None else metric.whitened(axis)
-    part, whole = ((y * measured).sum(1) for y in (conditional - neutral, axis))
-    error = torch.minimum(torch.as_tensor(error).to(whole), whole / 2)
-    return (part - error) / (whole - error).clamp_min(TINY)
+    return along(conditional - neutral, unwanted - neutral, metric, error)
+
+
+def squared_length(v: Tensor, metric: Gaussian | None = None) -> Tensor:
+    """|v|_M^2, (B,), never 0."""
+    return (v * (v if metric is None else metric.whitened(v))).sum(1).clamp_min(TINY)
 
 
 def gap(conditional: Tensor, neutral: Tensor, unwanted: Tensor, metric: Gaussian | None = None) -> Tensor:
@@ -50,8 +50,7 @@ def gap(conditional: Tensor, neutral: Tensor, unwanted: Tensor, metric: Gaussian
     Ours. Both shrink together as noise falls and predictions agree, so that their ratio tells r = 1 - |E_c - E_n| / |E_safe - E_n| apart
     from that.
     """
-    apart, whole = ((v * (v if metric is None else metric.whitened(v))).sum(1) for v in (conditional - unwanted, unwanted - neutral))
-    return apart.clamp_min(TINY) / whole.clamp_min(TINY)
+    return squared_length(conditional - unwanted, metric) / squared_length(unwanted - neutral, metric)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +96,7 @@ class ByWitness:
         direction = self._gain(p, free)[:, None] * from_witness(kept, p.unwanted, capped)
         if zero is not None:
             direction = direction + free[:, None] * (zero - p.denoised)
-        none = torch.zeros_like(r)
-        return Correction(direction, capped, none.long() - 1, r > self.posterior_max, none, t)
+        return Correction.unasked(direction, capped, r > self.posterior_max, t)
 
     def _asks(self, p: Prediction, asked: Tensor, zero: Tensor | None, wiener: Tensor | None, memory: dict) -> tuple[Tensor, Tensor]:
         """t, and how far the prompt is left aside: because it says nothing (1), or asks for nothing but the unwanted thing; (B,) each."""
@@ -118,7 +116,8 @@ class ByWitness:
     def _log_odds(self, p: Prediction, kept: Tensor, seen_from: list[Tensor], odds: Tensor, memory: dict) -> Tensor:
         """logit r, (B,), of a prediction whose t alone gives `odds`."""
         apart = (kept - p.unwanted).square().sum(1)
-        gaps = [gap(kept, origin, p.unwanted, self.model) for origin in seen_from] or [apart.clamp_min(TINY)]
+        near = squared_length(kept - p.unwanted, self.model if seen_from else None)
+        gaps = [near / squared_length(p.unwanted - origin, self.model) for origin in seen_from] or [near]
         wide = torch.stack(gaps).log().mean(0).exp()
         logit = (largest(memory, "odds", p.sigma, odds * wide) / wide).clamp_min(TINY).log()
         if self.banks is not None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from families import FAMILIES, build, conditioning
 from test_guiders import BIAS, GUIDERS, bent, guided, lora, neighbours, sample, setting
+from test_sampling import stopped
 
 OWN = {"CFGGuider": 2, "CFGGuider, cfg 1": 1, "BasicGuider": 1, "DualCFGGuider regular": 3, "DualCFGGuider nested": 3, "PerpNegGuider": 3}
 UNCONDITIONAL = {"CFGGuider", "DualCFGGuider regular", "PerpNegGuider"}
@@ -198,15 +199,8 @@ def test_patched_and_unpatched_in_turn_and_after_an_interrupt(run, tiny, sample,
 
     patched, report = run("Apply", model=tiny.model, unwanted=conditions("SD 3")[0]).result
     plain, safe = sample.stock(), sample.stock(model=patched)
-    stopped = patched.clone()
-
-    def interrupt(args):
-        management.interrupt_current_processing()
-        management.throw_exception_if_processing_interrupted()
-
-    stopped.set_model_sampler_post_cfg_function(interrupt)
     with pytest.raises(management.InterruptProcessingException):
-        sample.stock(model=stopped)
+        sample.stock(model=stopped(patched))
     for model, wanted in ((patched, safe), (tiny.model, plain), (tiny.model, plain), (patched, safe)):
         assert torch.equal(sample.stock(model=model), wanted)
     assert report.summary["corrected_calls"] == 6 and not torch.equal(plain, safe)

@@ -148,18 +148,24 @@ def test_nan_predictions_pass_unchanged_and_are_counted(tiny, sample):
     assert latent.isnan().all() and report.summary["fallbacks"] == 12 and "NaN" in report.verdict
 
 
-def test_an_interrupt_while_sampling_passes(tiny, sample):
+def stopped(model):
+    """A clone whose first prediction is interrupted, as the user does it."""
     import comfy.model_management as management
-
-    stopped = tiny.model.clone()
 
     def interrupt(args):
         management.interrupt_current_processing()
         management.throw_exception_if_processing_interrupted()
 
-    stopped.set_model_sampler_post_cfg_function(interrupt)
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(interrupt)
+    return model
+
+
+def test_an_interrupt_while_sampling_passes(tiny, sample):
+    import comfy.model_management as management
+
     with pytest.raises(management.InterruptProcessingException):
-        sample.safe(model=stopped)
+        sample.safe(model=stopped(tiny.model))
     assert sample.safe()[1].summary["corrected_calls"] == 6, "the next run is as if nothing had happened"
 
 

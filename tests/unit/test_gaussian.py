@@ -107,6 +107,16 @@ def test_banks_are_trusted_where_distances_tell_them_apart():
     assert not SafeDenoiser(bank, reference=reference).sees and SafeDenoiser(bank, reference=memorised).sees
 
 
+def test_trust_in_a_large_bank_is_judged_on_a_part_of_it():
+    """No table of all pairs, and no more of a stored bank than is looked at."""
+    from benchmarks.step_cost import peak_bytes
+    from safe_denoiser import SafeDenoiser
+
+    bank, reference = split(0.3, n=6000)
+    denoiser = SafeDenoiser(bank, reference=reference)
+    assert peak_bytes(lambda: denoiser.sees) < 6000 * 6000 * 4 / 4 and not denoiser.sees
+
+
 def test_no_guidance_is_let_go_on_the_word_of_banks_that_see_nothing():
     """A prompt that lies right at E_u keeps its guidance, unless the banks can be told apart."""
     from safe_denoiser import SafeDenoiser
