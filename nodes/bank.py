@@ -1,10 +1,12 @@
 """Build, save and load negation banks."""
 import importlib.util
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import comfy.latent_formats
+import comfy.sample
 import folder_paths
 import torch
 from comfy_api.latest import io
@@ -17,6 +19,7 @@ from .live import progress
 from .types import CATEGORY, NegationBankType, NegationSetType
 
 SEARCHED = 20_000  # pictures from which a bank gets an index, see benchmarks/RESULTS.md
+RESIZED = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # keys of an empty LATENT that the sampler brings to its model's size
 DECODABLE = "The latents of a bank can be decoded back into pictures: share one as you would share the pictures."
 
 
@@ -37,16 +40,32 @@ def require_pictures(samples, latent_format=None) -> None:
                          f"(5-D) latents, so sample this model without it")
 
 
+def picture_stream(samples):
+    """The latents of the picture: the first of ComfyUI's latents of picture and sound."""
+    return samples.unbind()[0] if samples.is_nested else samples
+
+
+def resizing(latent: dict) -> dict[str, int]:
+    """What an empty latent's sides are to be multiplied by to give pixels and frames, as the sampler is told it by this ComfyUI; nothing
+    where it knows of no such thing, or where the latent is not empty: then it is sampled as it is.
+    """
+    known = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
+    told = {key: latent[key] for key in RESIZED if key in known and latent.get(key) is not None}
+    return told if told and not picture_stream(latent["samples"]).count_nonzero() else {}
+
+
 def image_size(latent, vae) -> tuple[int, int]:
-    """(height, width) in pixels of what a latent decodes to.
+    """(height, width) in pixels of what a latent decodes to, when it was sampled.
 
     Raises:
         ValueError: audio latents.
     """
-    samples = latent["samples"]
+    samples = picture_stream(latent["samples"])
     require_pictures(samples)
     scale = vae.spacial_compression_encode()
-    return samples.shape[-2] * scale, samples.shape[-1] * scale
+    ratio = resizing(latent).get(RESIZED[0], scale)
+    height, width = (round(side * ratio / scale) * scale for side in samples.shape[-2:])
+    return height, width
 
 
 class BuildNegationBank(io.ComfyNode):

@@ -11,13 +11,17 @@ from comfy_api.latest import io
 from ..safe_denoiser import Bank, load_bank, save_bank
 from ..safe_denoiser.bank import trim
 from . import folders
-from .bank import require_pictures
+from .bank import picture_stream, require_pictures, resizing
 from .fingerprint import fingerprint, fingerprint_weights
 from .types import CATEGORY, NegationBankType
 
 
-def sample_bank(model, conditioning, shape, count, seed, steps, sampler_name, scheduler, batch_size) -> Bank:
-    """`count` samples of the model at cfg 1, as a bank of raw VAE latents; progress and interrupt after each model step."""
+def sample_bank(model, conditioning, streams, count, seed, steps, sampler_name, scheduler, batch_size) -> Bank:
+    """`count` samples of the model at cfg 1, as a bank of raw VAE latents; progress and interrupt after each model step.
+
+    Args:
+        streams: shapes of what is sampled, without the batch: of the picture, and of the sound beside it where the model makes both.
+    """
     latents, bar = [], comfy.utils.ProgressBar(steps * -(-count // batch_size))
     generator = torch.Generator().manual_seed(seed)
 
@@ -25,12 +29,31 @@ def sample_bank(model, conditioning, shape, count, seed, steps, sampler_name, sc
         bar.update(1)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
+    def draw(fill, size):
+        drawn = [fill((size, *shape)) for shape in streams]
+        if len(drawn) == 1:
+            return drawn[0]
+        from comfy.nested_tensor import NestedTensor  # older ComfyUI has neither it nor such models
+        return NestedTensor(drawn)
+
     for start in range(0, count, batch_size):
-        empty = torch.zeros(min(batch_size, count - start), *shape)
-        noise = torch.randn(empty.shape, generator=generator)
-        latents.append(comfy.sample.sample(model, noise, steps, 1.0, sampler_name, scheduler, conditioning, conditioning, empty,
-                                           callback=after_step, disable_pbar=True, seed=seed + start).cpu())
+        size = min(batch_size, count - start)
+        empty, noise = draw(torch.zeros, size), draw(lambda shape: torch.randn(shape, generator=generator), size)
+        sampled = comfy.sample.sample(model, noise, steps, 1.0, sampler_name, scheduler, conditioning, conditioning, empty,
+                                      callback=after_step, disable_pbar=True, seed=seed + start)
+        latents.append(picture_stream(sampled).cpu())
     return Bank(torch.cat(latents), metadata={"space": "vae", "source": "reference samples"})
+
+
+def streams(model, latent) -> list[tuple[int, ...]]:
+    """Shapes, without the batch, of what the sampler makes of a latent: of the picture, and of the sound beside it.
+
+    Raises:
+        ValueError: audio and 3-D shapes.
+    """
+    require_pictures(picture_stream(latent["samples"]), model.get_model_object("latent_format"))
+    fixed = comfy.sample.fix_empty_latent_channels(model, latent["samples"] * 0, **resizing(latent))
+    return [tuple(part.shape[1:]) for part in (fixed.unbind() if fixed.is_nested else [fixed])]
 
 
 class SampleReferenceBank(io.ComfyNode):
@@ -62,10 +85,7 @@ class SampleReferenceBank(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, conditioning, count, seed, steps, sampler_name, scheduler, batch_size) -> io.NodeOutput:
-        samples = latent["samples"]
-        require_pictures(samples, model.get_model_object("latent_format"))
-        shape = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1])).shape[1:]
-        settings = (shape, count, seed, steps, sampler_name, scheduler, batch_size)
+        settings = (streams(model, latent), count, seed, steps, sampler_name, scheduler, batch_size)
         path = folders.cache("reference") / f"{fingerprint(fingerprint_weights(model), conditioning, *settings)}.safetensors"
         if not path.exists():
             save_bank(sample_bank(model, conditioning, *settings), path)

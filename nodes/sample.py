@@ -1,5 +1,6 @@
 """Apply Safe Denoiser and Safe KSampler: the only place where the core meets the sampling loop."""
 import json
+import math
 from dataclasses import replace
 
 import comfy.patcher_extension
@@ -20,11 +21,35 @@ MISSED = "the unwanted condition was not evaluated in some model calls: the guid
 
 
 def forward_process(model_sampling, sigma: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sigma, alpha) of x = alpha x0 + sigma eps, (B,) each, for any model class: asked of ComfyUI's own noise_scaling."""
+    """(std, alpha) of x = alpha x0 + std eps, (B,) each, for any model class: asked of ComfyUI's own noise_scaling. std is what a sampler
+    calls sigma, but where a model's noise has a scale of its own.
+    """
     one = torch.ones([len(sigma)] + [1] * (ndim - 1), device=sigma.device)
     std = model_sampling.noise_scaling(sigma, one, torch.zeros_like(one))
     alpha = model_sampling.noise_scaling(sigma, torch.zeros_like(one), one)
     return std.flatten(), alpha.flatten()
+
+
+class Picture:
+    """The picture's part of what is sampled. Newer ComfyUI packs latents of picture and sound as (B, 1, N), the picture first; what is
+    not the picture's stays as it is, bit for bit.
+    """
+
+    def __init__(self, model):
+        shapes = getattr(model, "latent_shapes", None) or ()
+        self.shape = tuple(shapes[0])[1:] if len(shapes) > 1 else None
+
+    def of(self, packed: torch.Tensor | None) -> torch.Tensor | None:
+        """(B, C, *spatial) of a packed (B, 1, N); of a picture alone, itself."""
+        if self.shape is None or packed is None:
+            return packed
+        return packed[..., :math.prod(self.shape)].reshape(len(packed), *self.shape)
+
+    def put(self, packed: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
+        """`packed` with another picture."""
+        if self.shape is None:
+            return picture
+        return torch.cat([picture.reshape(len(packed), 1, -1), packed[..., math.prod(self.shape):]], -1)
 
 
 def to_model(bank: Bank | None, model, like: torch.Tensor, bank_size: str, notes: list[str]) -> Bank | None:
@@ -48,6 +73,12 @@ def to_model(bank: Bank | None, model, like: torch.Tensor, bank_size: str, notes
         notes.append(f"bank resized from {tuple(moved.latents.shape[1:])} to the sampler's {tuple(like.shape[1:])}")
         moved = moved.resized(like.shape[-2:])
     return moved
+
+
+def std_at(model_sampling, percent: float) -> float:
+    """Standard deviation of the noise at a fraction of the schedule, as `forward_process` measures it."""
+    sigma = torch.as_tensor(model_sampling.percent_to_sigma(percent), dtype=torch.float32)
+    return float(forward_process(model_sampling, sigma.cpu().reshape(1), 4)[0])
 
 
 def refuse(guider, noise: torch.Tensor) -> None:
@@ -139,17 +170,19 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
     witness = Witness(given, patched)
 
     def begin(guider, noise, sigmas=None, denoise_mask=None):
+        picture = Picture(guider.inner_model)
+        noise = picture.of(noise)
         refuse(guider, noise)
         sampling, notes = guider.inner_model.model_sampling, []
         moved = {name: to_model(bank, guider.inner_model, noise, bank_size, notes) for name, bank in banks.items()}
-        window = {"sigma_start": float(sampling.percent_to_sigma(start)), "sigma_end": float(sampling.percent_to_sigma(end))}
+        window = {"sigma_start": std_at(sampling, start), "sigma_end": std_at(sampling, end)}
         meant = semantic and semantic(guider.inner_model.process_latent_out)
         denoiser = SafeDenoiser(**moved, **settings, **window, semantic=meant)
         if denoiser.strength and denoiser.inside:
             notes.append(f"compared by parts of the picture, in {len(denoiser.inside)} windows")
         if unwanted is not None and method != "safe_denoiser":
             notes.append(f"method {method} does not know the unwanted condition, only safe_denoiser does")
-        run.update(denoiser=denoiser, sampling=sampling, live=Live(), sigmas=sigmas, mask=denoise_mask)
+        run.update(denoiser=denoiser, sampling=sampling, picture=picture, live=Live(), sigmas=sigmas, mask=denoise_mask)
         report.steps.clear()
         report.notes[:] = dict.fromkeys(notes)
         origin = banks["bank"] and banks["bank"].metadata.get("origin")  # of a compressed bank: the picture each prototype stands for
@@ -173,13 +206,15 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
 
     def correct(x, raw, level, mask, guides, reach):
         """`safe`, as far as the conditions reach; with neither a bank nor a prediction to go by, inside a window that is never open."""
-        denoiser = run["denoiser"]
+        denoiser, picture = run["denoiser"], run["picture"]
         if "unwanted" not in guides and (denoiser.bank is None or weight == "witness"):
             denoiser, guides = replace(denoiser, sigma_start=0.0), {"unwanted": raw, "conditional": raw}
-        if reach is None:
-            return denoiser.safe(x, raw, *level, mask, **guides)
-        safe_denoised, step = denoiser.safe(x, raw, *level, reach if mask is None else reach * mask, **guides)
-        return raw + reach * (safe_denoised - raw), step
+        if reach is not None:
+            mask = reach if mask is None else reach * mask
+        guides = {name: picture.of(prediction) for name, prediction in guides.items()}
+        found, step = denoiser.safe(picture.of(x), picture.of(raw), *level, picture.of(mask), **guides)
+        safe_denoised = raw if step is None else picture.put(raw, found)
+        return safe_denoised if reach is None else raw + reach * (safe_denoised - raw), step
 
     def predict_noise(executor, x, timestep, model_options, *args, **kwargs):
         guider = executor.class_obj
