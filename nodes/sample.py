@@ -123,10 +123,11 @@ def call_late(late: list, seen: dict, denoised: torch.Tensor, safe_denoised: tor
 
 def guidance(guider, seen: dict) -> dict[str, torch.Tensor]:
     """The predictions that guidance was made of, as `SafeDenoiser.safe` names them, or nothing: at cfg 1 ComfyUI hands over zeros in
-    place of the negative prompt's, a nested DualCFGGuider that of its middle prompt, and a cache that skips the model nothing.
+    place of the negative prompt's, a nested DualCFGGuider that of its middle prompt, and a cache that skips the model nothing. A guider
+    that asks another model for it (DualModelGuider) hands it over under conditions that are not among its own.
     """
     uncond = seen.get("uncond")
-    if uncond is None or uncond is not guider.conds.get("negative"):
+    if uncond is None or any(uncond is conds for name, conds in guider.conds.items() if name != "negative"):
         return {}
     return {"unconditional": seen["uncond_denoised"], "conditional": seen["cond_denoised"]}
 

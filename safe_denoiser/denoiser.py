@@ -285,8 +285,8 @@ class SafeDenoiser:
             return self.gaussians.correct(p) if self.gaussians else _nothing(p)
         unsafe = self.density(self.bank, p)
         if weight == "unconditional" and p.unconditional is None:
-            raise ValueError("weight 'unconditional' needs the unconditional prediction, and at cfg 1 there is none; "
-                             "raise cfg, connect a reference bank, or choose weight 'auto'")
+            raise ValueError("weight 'unconditional' needs the unconditional prediction, and there is none: cfg is 1, or the guider makes "
+                             "none; raise cfg, connect a reference bank, or choose weight 'auto'")
         if weight in ("tracked", "triangle", "gate", "constant"):
             return self._by_beta(p, unsafe, self._beta(weight, p, unsafe))
         return self._by_posterior(weight, p, unsafe)
@@ -446,8 +446,8 @@ class SafeDenoiser:
     def _by_beta(self, p: Prediction, unsafe: Posterior, beta: Tensor) -> Correction:
         """The theorem as printed, with a ceiling on beta."""
         if self.push == "unconditional" and p.unconditional is None:
-            raise ValueError("push 'unconditional' needs the unconditional prediction, and at cfg 1 there is none; "
-                             "raise cfg or push 'guided'")
+            raise ValueError("push 'unconditional' needs the unconditional prediction, and there is none: cfg is 1, or the guider makes "
+                             "none; raise cfg or push 'guided'")
         pushed = p.unconditional if self.push == "unconditional" else p.denoised
         capped = beta.clamp_max(self.beta_max)
         return Correction(methods.from_beta(pushed, unsafe.mean, capped), capped, unsafe.weights.argmax(1), beta > self.beta_max,

@@ -7,8 +7,10 @@ from families import FAMILIES, build, conditioning
 from test_guiders import BIAS, GUIDERS, bent, guided, lora, neighbours, sample, setting
 from test_sampling import stopped
 
-OWN = {"CFGGuider": 2, "CFGGuider, cfg 1": 1, "BasicGuider": 1, "DualCFGGuider regular": 3, "DualCFGGuider nested": 3, "PerpNegGuider": 3}
-UNCONDITIONAL = {"CFGGuider", "DualCFGGuider regular", "PerpNegGuider"}
+OWN = {"CFGGuider": 2, "CFGGuider, cfg 1": 1, "BasicGuider": 1, "DualCFGGuider regular": 3, "DualCFGGuider nested": 3, "PerpNegGuider": 3,
+       "DualModelGuider": 1}
+AFTERWARDS = {"DualModelGuider": 1}  # evaluations of the other model
+UNCONDITIONAL = {"CFGGuider", "DualCFGGuider regular", "PerpNegGuider", "DualModelGuider"}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,8 @@ def test_guiders(name, kind, models, tiny, run, conditions, heard, matrix):
         patched, rows = counted(patched)
         predictions, result = sample(guided(kind, patched, prompts), shape, sampler=sampler)
         negative = kind in UNCONDITIONAL or kind == "CFGGuider, cfg 1" and sampler.endswith("cfg_pp")  # these samplers ask for it
-        assert rows == [shape[0] * (OWN[kind] + 1 + len(more) + (negative and kind not in UNCONDITIONAL))] * 4
+        asked = OWN[kind] + 1 + len(more) + (negative and kind not in UNCONDITIONAL)
+        assert rows == [shape[0] * count for count in (asked, AFTERWARDS.get(kind, 0)) if count] * 4
         assert len(heard) == 4 and report.summary["corrected_calls"] == 4 and not report.notes
         wanted = {"unwanted": unwanted, "conditional": prompts[0]} | ({"unconditional": prompts[1]} if negative else {})
         wanted |= {"neutral": prompts[1]} if kind == "DualCFGGuider nested" else {}  # which keeps the negative one for itself
@@ -115,7 +118,8 @@ def test_off_is_stock_and_evaluates_nothing_more(kind, models, tiny, run, condit
         patched, report = run("Apply", model=models["SD 3"], unwanted=conditions("SD 3")[0], **settings).result
         patched, rows = counted(patched)
         assert torch.equal(sample(guided(kind, patched, prompts), shape)[1], stock)
-        assert rows == [shape[0] * OWN[kind]] * 4 and report.summary["corrected_calls"] == 0 and not report.notes
+        assert rows == [shape[0] * count for count in (OWN[kind], AFTERWARDS.get(kind, 0)) if count] * 4
+        assert report.summary["corrected_calls"] == 0 and not report.notes
         assert len(report.steps) == (0 if "strength" in settings else 4)
 
 

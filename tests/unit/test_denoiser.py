@@ -202,7 +202,7 @@ def test_the_retain_form_hears_the_prediction_too():
 def test_what_needs_an_unconditional_prediction_says_so_at_cfg_1():
     bank, x = Bank(torch.randn(7, 4, 4, 4)), torch.randn(2, 4, 4, 4)
     for settings in (dict(weight="unconditional"), dict(weight="constant", push="unconditional")):
-        with pytest.raises(ValueError, match="at cfg 1 there is none"):
+        with pytest.raises(ValueError, match="there is none: cfg is 1, or the guider makes none"):
             SafeDenoiser(bank, **settings).safe(x, x, 0.8)
         SafeDenoiser(bank, **settings).safe(x, x, 0.8, unconditional=x + 1)
 
