@@ -2,6 +2,7 @@
 from comfy_api.latest import io, ui
 
 from .negation_set import preview_input, to_image
+from .runs import recall
 from .types import CATEGORY, NegationSetType, ReportType
 
 
@@ -26,6 +27,7 @@ class SafeDenoiserReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, report, samples=None, negation_set=None, preview="blurred") -> io.NodeOutput:
+        report = report if samples is None else recall(report, samples["samples"])
         picture = report.plot(negation_set=None if preview == "off" else negation_set, blurred=preview != "shown")
         plot, table = to_image(picture), report.table()
         return io.NodeOutput(plot, table, ui={**ui.PreviewImage(plot, cls=cls).as_dict(), "text": (table,)})

@@ -14,6 +14,7 @@ from ..safe_denoiser.denoiser import METHODS, WEIGHTS
 from .bank import memory, require_pictures
 from .conditions import Witness, hookable
 from .live import Live
+from .runs import remember, source
 from .types import CATEGORY, NegationBankType, ReportType, SemanticType
 
 KEY, POST_CFG = "safe_denoiser", "sampler_post_cfg_function"
@@ -167,7 +168,7 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
     SafeDenoiser(**banks, **settings, semantic=semantic)  # says at once what is wrong with them
     used = method == "safe_denoiser" and settings["strength"] != 0
     given = {name: one for name, one in (("unwanted", unwanted), ("neutral", neutral)) if used and one is not None}
-    patched, report, run = hookable(model, [*given.values()]), Report([], []), {}
+    patched, report, run = hookable(model, [*given.values()]), Report([], [], source()), {}
     witness = Witness(given, patched)
 
     def begin(guider, noise, sigmas=None, denoise_mask=None):
@@ -204,6 +205,11 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
             run["live"].end(report)
             run.clear()  # frees the device's copy of the banks
             witness.offsets = {}
+
+    def outer_sample(executor, *args, **kwargs):
+        samples = executor(*args, **kwargs)
+        remember(report, samples)
+        return samples
 
     def correct(x, raw, level, mask, guides, reach):
         """`safe`, as far as the conditions reach; with neither a bank nor a prediction to go by, inside a window that is never open."""
@@ -249,6 +255,7 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
         return call_late(late, seen, denoised, safe_denoised)
 
     wrappers = comfy.patcher_extension.WrappersMP
+    patched.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, outer_sample)
     patched.add_wrapper_with_key(wrappers.SAMPLER_SAMPLE, KEY, sampler_sample)
     patched.add_wrapper_with_key(wrappers.PREDICT_NOISE, KEY, predict_noise)
     predict = patched.wrappers[wrappers.PREDICT_NOISE]  # the first is the outermost: a cache that skips the model must not skip us

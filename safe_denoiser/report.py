@@ -29,10 +29,12 @@ class Report:
     Args:
         steps: one Step per model call, in order.
         notes: lines for the reader, such as "bank resized".
+        source: a name of whoever samples with it, to find it again.
     """
 
     steps: Sequence[Step]
     notes: Sequence[str] = field(default=())
+    source: str = ""
 
     @property
     def values(self) -> dict[str, np.ndarray]:
@@ -65,7 +67,8 @@ class Report:
         """One sentence: what happened, or why nothing did."""
         s = self.summary
         if not s["model_calls"]:
-            return "no model call was recorded: strength is 0, or the sampler has not run yet (connect its LATENT to this report)"
+            return ("no model call was recorded: strength is 0, or the sampler has not run yet, or its result was kept from before "
+                    "(connect its LATENT to this report)")
         if s["fallbacks"]:
             return f"the model gave NaN or infinity {s['fallbacks']} times; those predictions were left as they were"
         if not s["corrected_calls"]:

@@ -41,7 +41,8 @@ def guided(kind, model, prompts):
     }[kind]()
 
 
-GUIDERS = ["CFGGuider", "CFGGuider, cfg 1", "BasicGuider", "DualCFGGuider regular", "DualCFGGuider nested", "PerpNegGuider", "DualModelGuider"]
+GUIDERS = ["CFGGuider", "CFGGuider, cfg 1", "BasicGuider", "DualCFGGuider regular", "DualCFGGuider nested", "PerpNegGuider",
+           "DualModelGuider"]
 
 
 def sample(guider, shape, steps=4, sampler="euler"):

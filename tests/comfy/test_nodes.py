@@ -209,12 +209,13 @@ def test_an_interrupt_while_encoding_passes_and_keeps_the_cache(run, tiny, sets,
     calls = counting(tiny.vae, monkeypatch)
     encode = tiny.vae.encode
 
-    def stop_at_second(pixels):
-        if len(calls) == 1:
+    def stop_after_second(pixels):
+        latent = encode(pixels)
+        if len(calls) == 2:
             management.interrupt_current_processing()
-        return encode(pixels)
+        return latent
 
-    monkeypatch.setattr(tiny.vae, "encode", stop_at_second)
+    monkeypatch.setattr(tiny.vae, "encode", stop_after_second)
     with pytest.raises(management.InterruptProcessingException):
         run("BuildNegationBank", negation_set=negation_set, vae=tiny.vae, latent=tiny.latent())
     assert len(calls) == 2
@@ -315,3 +316,23 @@ def test_a_large_bank_gets_an_index(run, tiny, monkeypatch):
     monkeypatch.setattr(sys.modules["pack.nodes.bank"], "SEARCHED", 40)
     bank = run("BuildNegationBank", negation_set=tiny.negation_set, vae=tiny.vae, latent=tiny.latent()).result[0]
     assert bank.clusters is not None and tiny.bank.clusters is None and torch.equal(bank.latents, tiny.bank.latents)
+
+
+def test_the_report_is_that_of_the_samples(tiny, sample, run):
+    """Where ComfyUI kept the sampler's result and made the patched model anew, and where it kept the results of several runs."""
+    from comfy_execution.utils import CurrentNodeContext
+
+    def patched(node="7"):
+        with CurrentNodeContext("prompt", node):
+            return run("Apply", model=tiny.model, negation_bank=tiny.bank, reference_bank=tiny.reference).result
+
+    def table(report, samples):
+        return run("Report", report=report, samples={"samples": samples}).result[1]
+
+    model, report = patched()
+    six, eight = (sample.stock(model=model, steps=steps) for steps in (6, 8))
+    assert len(report.steps) == 8 and "8 of 8" in table(report, eight) and "6 of 6" in table(report, six)
+    _, anew = patched()
+    assert not anew.steps and "6 of 6" in table(anew, six) and "8 of 8" in table(anew, eight)
+    for other, samples in ((anew, six + 1), (patched("8")[1], six)):
+        assert "its result was kept from before" in table(other, samples)
