@@ -11,9 +11,10 @@ from comfy_api.latest import io
 
 from ..safe_denoiser import Bank, Report, SafeDenoiser
 from ..safe_denoiser.denoiser import METHODS, WEIGHTS
-from .bank import memory, require_pictures
+from .bank import require_pictures
 from .conditions import Witness, hookable
 from .live import Live
+from .loading import Banks
 from .runs import remember, source
 from .types import CATEGORY, NegationBankType, ReportType, SemanticType
 
@@ -36,9 +37,8 @@ class Picture:
     not the picture's stays as it is, bit for bit.
     """
 
-    def __init__(self, model):
-        shapes = getattr(model, "latent_shapes", None) or ()
-        self.shape = tuple(shapes[0])[1:] if len(shapes) > 1 else None
+    def __init__(self, shapes: list | None):
+        self.shape = tuple(shapes[0])[1:] if shapes and len(shapes) > 1 else None
 
     def of(self, packed: torch.Tensor | None) -> torch.Tensor | None:
         """(B, C, *spatial) of a packed (B, 1, N); of a picture alone, itself."""
@@ -53,40 +53,17 @@ class Picture:
         return torch.cat([picture.reshape(len(packed), 1, -1), packed[..., math.prod(self.shape):]], -1)
 
 
-def to_model(bank: Bank | None, model, like: torch.Tensor, bank_size: str, notes: list[str]) -> Bank | None:
-    """A bank of VAE latents in the space of the sampler, resized when asked, and on its device where there is room for it; else it
-    stays where it is, and each step reads it from there.
-    """
-    if bank is None:
-        return None
-
-    def convert(latents):
-        stored = latents.dtype if latents.is_cuda else torch.float32
-        latents = latents.to(torch.float32)
-        if model.latent_format.latent_dimensions == 3 and latents.ndim == 4:
-            latents = latents.unsqueeze(2)  # pictures are one frame long where the model's latents have frames
-        if bank.metadata.get("space") == "vae" and latents.shape[1] == like.shape[1]:  # of another model: the size check says it better
-            latents = model.process_latent_in(latents)
-        return latents.to(stored)
-
-    moved = bank.to(like.device).map(convert) if 3 * bank.nbytes <= memory(like.device) else bank.map(convert)
-    if bank_size == "interpolate" and moved.latents.shape[-2:] != like.shape[-2:]:
-        notes.append(f"bank resized from {tuple(moved.latents.shape[1:])} to the sampler's {tuple(like.shape[1:])}")
-        moved = moved.resized(like.shape[-2:])
-    return moved
-
-
 def std_at(model_sampling, percent: float) -> float:
     """Standard deviation of the noise at a fraction of the schedule, as `forward_process` measures it."""
     sigma = torch.as_tensor(model_sampling.percent_to_sigma(percent), dtype=torch.float32)
     return float(forward_process(model_sampling, sigma.cpu().reshape(1), 4)[0])
 
 
-def refuse(guider, noise: torch.Tensor) -> None:
+def refuse(patcher, noise: torch.Tensor) -> None:
     """Raise where there is no picture to steer: not a picture, or not a diffusion of one."""
-    require_pictures(noise, guider.inner_model.latent_format)
-    if any(base.__name__.startswith("IMG_TO_IMG") for base in type(guider.inner_model.model_sampling).__mro__):
-        raise ValueError(f"{type(guider.inner_model).__name__} maps one picture to another and has no noise level at which to compare it "
+    require_pictures(noise, patcher.get_model_object("latent_format"))
+    if any(base.__name__.startswith("IMG_TO_IMG") for base in type(patcher.get_model_object("model_sampling")).__mro__):
+        raise ValueError(f"{type(patcher.model).__name__} maps one picture to another and has no noise level at which to compare it "
                          f"with a bank; the safe denoiser needs a diffusion model, so sample this one without it")
 
 
@@ -169,14 +146,18 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
     used = method == "safe_denoiser" and settings["strength"] != 0
     given = {name: one for name, one in (("unwanted", unwanted), ("neutral", neutral)) if used and one is not None}
     patched, report, run = hookable(model, [*given.values()]), Report([], [], source()), {}
-    witness = Witness(given, patched)
+    witness, loaded = Witness(given, patched), Banks(banks, bank_size)
+
+    def hold(patcher, noise):
+        refuse(patcher, noise)
+        loaded.hold(patcher, noise.shape)
 
     def begin(guider, noise, sigmas=None, denoise_mask=None):
-        picture = Picture(guider.inner_model)
+        picture = Picture(getattr(guider.inner_model, "latent_shapes", None))
         noise = picture.of(noise)
-        refuse(guider, noise)
-        sampling, notes = guider.inner_model.model_sampling, []
-        moved = {name: to_model(bank, guider.inner_model, noise, bank_size, notes) for name, bank in banks.items()}
+        if not loaded.held:  # a guider that loaded its models its own way
+            hold(guider.model_patcher, noise)
+        sampling, moved, notes = guider.inner_model.model_sampling, loaded.now(), loaded.notes
         window = {"sigma_start": std_at(sampling, start), "sigma_end": std_at(sampling, end)}
         meant = semantic and semantic(guider.inner_model.process_latent_out)
         denoiser = SafeDenoiser(**moved, **settings, **window, semantic=meant)
@@ -203,11 +184,15 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
         finally:
             run["live"].end(report)
-            run.clear()  # frees the device's copy of the banks
+            run.clear()
             witness.offsets = {}
 
-    def outer_sample(executor, *args, **kwargs):
-        samples = executor(*args, **kwargs)
+    def outer_sample(executor, noise, *args, **kwargs):
+        hold(executor.class_obj.model_patcher, Picture(kwargs.get("latent_shapes")).of(noise))
+        try:
+            samples = executor(noise, *args, **kwargs)
+        finally:
+            loaded.held = {}
         remember(report, samples)
         return samples
 
@@ -256,6 +241,7 @@ def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_s
 
     wrappers = comfy.patcher_extension.WrappersMP
     patched.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, outer_sample)
+    patched.add_wrapper_with_key(wrappers.PREPARE_SAMPLING, KEY, loaded.prepare_sampling)
     patched.add_wrapper_with_key(wrappers.SAMPLER_SAMPLE, KEY, sampler_sample)
     patched.add_wrapper_with_key(wrappers.PREDICT_NOISE, KEY, predict_noise)
     predict = patched.wrappers[wrappers.PREDICT_NOISE]  # the first is the outermost: a cache that skips the model must not skip us

@@ -161,8 +161,15 @@ class Bank:
 
     def to(self, device=None, dtype=None) -> "Bank":
         """The same bank in memory, on another device or in another dtype."""
-        weights = None if self.weights is None else self.weights.to(device)
-        return replace(self, latents=self.latents[:].to(device, dtype), weights=weights)
+        return replace(self, latents=self.latents[:].to(device, dtype)).settled()
+
+    def settled(self) -> "Bank":
+        """The same bank with all that belongs to its latents on their device."""
+        device = self.latents.device
+        if (self.weights is None or self.weights.device == device) and (self.clusters is None or self.clusters.centres.device == device):
+            return self
+        return replace(self, weights=None if self.weights is None else self.weights.to(device),
+                       clusters=self.clusters and replace(self.clusters, centres=self.clusters.centres.to(device)))
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Bank":
         """The same bank with latents function((n, C, *spatial)), item by item: at once, or as they are read where they are `Stored`.

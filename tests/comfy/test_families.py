@@ -59,14 +59,14 @@ def test_alpha_and_std_are_those_of_the_family(family, model, pack):
 
 
 def test_a_bank_comes_and_goes_by_the_latent_format(family, model, bank, pack):
-    from pack.nodes.sample import to_model
+    from pack.nodes.loading import to_model
 
-    noise = torch.zeros(1, *family.latent)
-    moved = to_model(bank, model.model, noise, "exact", [])
+    shape = (1, *family.latent)
+    moved = to_model(bank, model, shape, "exact")
     torch.testing.assert_close(model.model.process_latent_out(moved.latents), bank.latents, rtol=1e-4, atol=1e-4)
     assert moved.latents.shape[1] == family.latent[0] and moved.latents.std() == pytest.approx(1, abs=0.1)
     if len(family.latent) == 4:  # a bank without the frame axis, as a picture VAE would make it
-        flat = to_model(type(bank)(bank.latents[:, :, 0], metadata=bank.metadata), model.model, noise, "exact", [])
+        flat = to_model(type(bank)(bank.latents[:, :, 0], metadata=bank.metadata), model, shape, "exact")
         torch.testing.assert_close(flat.latents, moved.latents)
 
 

@@ -1,6 +1,4 @@
 """Image to image, inpainting, batches and sizes, on the tiny model."""
-import gc
-import weakref
 
 import pytest
 import torch
@@ -217,23 +215,3 @@ def test_banks_and_models_in_half_precision(comfy, run, tiny, sample, pack, dtyp
     safe, report = sample.safe(model=model, banks=halves)
     assert torch.isfinite(safe).all() and not report.summary["fallbacks"] and report.summary["corrected_calls"] == 6
     assert torch.equal(sample.safe(model=model, settings=dict(strength=0.0))[0], sample.stock(model=model))
-
-
-def test_the_devices_copy_of_a_bank_is_freed_after_each_run(run, tiny, sample, monkeypatch):
-    import sys
-
-    module, moved = sys.modules["pack.nodes.sample"], []
-    to_model = module.to_model
-
-    def watched(*args):
-        bank = to_model(*args)
-        if bank is not None:
-            moved.append(weakref.ref(bank))
-        return bank
-
-    monkeypatch.setattr(module, "to_model", watched)
-    patched, _ = run("Apply", model=tiny.model, negation_bank=tiny.bank, reference_bank=tiny.reference).result
-    for _ in range(2):
-        sample.stock(model=patched)
-    gc.collect()
-    assert len(moved) == 4 and not any(reference() for reference in moved)

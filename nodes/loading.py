@@ -1,0 +1,97 @@
+"""Banks in the space of the model that is sampled, loaded beside it by ComfyUI itself, which counts them, makes room and frees them."""
+from dataclasses import fields
+from weakref import WeakKeyDictionary
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+from ..safe_denoiser import Bank
+from ..safe_denoiser.bank import Stored
+
+FORMS = 2  # a bank is kept in as many forms: for two models that are compared in one workflow
+SHARE = 0.5  # of a device's memory for banks at most: the model needs the rest. A larger bank stays where it is, and is read at each step
+
+
+def to_model(bank: Bank, patcher, shape, bank_size: str) -> Bank:
+    """A bank of VAE latents in the space of the sampler, where x is shaped `shape` (B, C, *spatial); resized when asked."""
+    latent_format, model = patcher.get_model_object("latent_format"), patcher.model
+    process_in = model.process_latent_in if model.latent_format is latent_format else latent_format.process_in
+
+    def convert(latents):
+        latents = latents.to(torch.float32)
+        if latent_format.latent_dimensions == 3 and latents.ndim == 4:
+            latents = latents.unsqueeze(2)  # pictures are one frame long where the model's latents have frames
+        if bank.metadata.get("space") == "vae" and latents.shape[1] == shape[1]:  # of another model: the size check says it better
+            latents = process_in(latents)
+        return latents
+
+    moved = bank.map(convert)
+    return moved.resized(shape[-2:]) if bank_size == "interpolate" and moved.latents.shape[-2:] != shape[-2:] else moved
+
+
+class SafeDenoiserBank(torch.nn.Module):
+    """Latents as what ComfyUI loads: a module. Its log tells the name."""
+
+    def __init__(self, latents: torch.Tensor):
+        super().__init__()
+        self.latents = torch.nn.Parameter(latents, requires_grad=False)
+
+
+class Held:
+    """A bank in the form in which one model takes it, wherever ComfyUI has put it."""
+
+    def __init__(self, bank: Bank, patcher, shape, bank_size: str):
+        moved = to_model(bank, patcher, shape, bank_size)
+        self.note = "" if moved.latents.shape[-2:] == bank.latents.shape[-2:] else \
+            f"bank resized from {tuple(bank.latents.shape[1:])} to the sampler's {tuple(shape[1:])}"
+        self.shell = {field.name: getattr(moved, field.name) for field in fields(moved) if field.name != "latents"}
+        self.latents, self.patcher, device = moved.latents, None, patcher.load_device
+        if not isinstance(moved.latents, Stored) and moved.nbytes <= SHARE * comfy.model_management.get_total_memory(device):
+            stored = moved.latents if device.type == "cpu" else moved.latents.to(bank.latents.dtype)
+            self.patcher = comfy.model_patcher.ModelPatcher(SafeDenoiserBank(stored), device, torch.device("cpu"))
+            self.latents = None  # the module's are all there is, so that memory is free when ComfyUI frees it
+
+    @property
+    def bank(self) -> Bank:
+        return Bank(**self.shell, latents=self.latents if self.patcher is None else self.patcher.model.latents.data).settled()
+
+
+_held: WeakKeyDictionary[Bank, dict[tuple, Held]] = WeakKeyDictionary()
+
+
+def hold(bank: Bank, patcher, shape, bank_size: str) -> Held:
+    """The bank in the form for this model and size, made once for all that sample with it."""
+    latent_format = patcher.get_model_object("latent_format")
+    form = (type(patcher.model), type(latent_format), getattr(latent_format, "scale_factor", None), patcher.load_device, tuple(shape[1:]),
+            bank_size)
+    forms = _held.setdefault(bank, {})
+    forms[form] = forms.pop(form, None) or Held(bank, patcher, shape, bank_size)  # the latest comes last
+    while len(forms) > FORMS:
+        forms.pop(next(iter(forms)))
+    return forms[form]
+
+
+class Banks:
+    """The banks of one patch: held before a run, loaded with the model, and told in the form and the place in which they then are."""
+
+    def __init__(self, banks: dict[str, Bank | None], bank_size: str):
+        self.banks, self.bank_size = banks, bank_size
+        self.held: dict[str, Held] = {}
+
+    def hold(self, patcher, shape) -> None:
+        self.held = {name: hold(bank, patcher, shape, self.bank_size) for name, bank in self.banks.items() if bank is not None}
+
+    def now(self) -> dict[str, Bank | None]:
+        return {name: self.held[name].bank if name in self.held else None for name in self.banks}
+
+    @property
+    def notes(self) -> list[str]:
+        return [held.note for held in self.held.values() if held.note]
+
+    def prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
+        """A wrapper of PREPARE_SAMPLING: they are loaded as what a condition brings along is, so that their memory is counted."""
+        mine = f"{type(self).__name__} {id(self)}"
+        models = [held.patcher for held in self.held.values() if held.patcher is not None]
+        real, found, models = executor(model, noise_shape, conds | {mine: [{"additional_models": models}]}, *args, **kwargs)
+        return real, {name: cond for name, cond in found.items() if name != mine}, models
