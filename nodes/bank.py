@@ -5,7 +5,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import comfy.latent_formats
 import comfy.sample
 import folder_paths
 import torch
@@ -19,6 +18,7 @@ from .live import progress
 from .types import CATEGORY, NegationBankType, NegationSetType
 
 SEARCHED = 20_000  # pictures from which a bank gets an index, see benchmarks/RESULTS.md
+NO_PICTURES = ("ACEAudio", "StableAudio", "MiniMaxMusic", "Hunyuan3D", "Trellis2", "TripoSplat")  # ComfyUI's formats of such latents
 RESIZED = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # keys of an empty LATENT that the sampler brings to its model's size
 DECODABLE = "The latents of a bank can be decoded back into pictures: share one as you would share the pictures."
 
@@ -35,7 +35,7 @@ def require_pictures(samples, latent_format=None) -> None:
     Raises:
         ValueError: audio and 3-D shapes, which are told by their latents, or by their format where they look like pictures.
     """
-    if samples.ndim < 4 or isinstance(latent_format, comfy.latent_formats.ACEAudio):
+    if samples.ndim < 4 or any(base.__name__.startswith(NO_PICTURES) for base in type(latent_format).__mro__):
         raise ValueError(f"latent is {tuple(samples.shape)}, which is audio or a 3-D shape; the safe denoiser needs image (4-D) or video "
                          f"(5-D) latents, so sample this model without it")
 

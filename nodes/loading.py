@@ -22,9 +22,14 @@ def to_model(bank: Bank, patcher, shape, bank_size: str) -> Bank:
         latents = latents.to(torch.float32)
         if latent_format.latent_dimensions == 3 and latents.ndim == 4:
             latents = latents.unsqueeze(2)  # pictures are one frame long where the model's latents have frames
-        if bank.metadata.get("space") == "vae" and latents.shape[1] == shape[1]:  # of another model: the size check says it better
-            latents = process_in(latents)
-        return latents
+        return brought_in(latents) if bank.metadata.get("space") == "vae" else latents
+
+    def brought_in(latents):
+        try:
+            moved = process_in(latents)
+        except RuntimeError:  # of another model: the size check of the core says it better
+            return latents
+        return moved if moved.shape[1] == shape[1] else latents
 
     moved = bank.map(convert)
     return moved.resized(shape[-2:]) if bank_size == "interpolate" and moved.latents.shape[-2:] != shape[-2:] else moved

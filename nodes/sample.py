@@ -29,7 +29,14 @@ def forward_process(model_sampling, sigma: torch.Tensor, ndim: int) -> tuple[tor
     one = torch.ones([len(sigma)] + [1] * (ndim - 1), device=sigma.device)
     std = model_sampling.noise_scaling(sigma, one, torch.zeros_like(one))
     alpha = model_sampling.noise_scaling(sigma, torch.zeros_like(one), one)
+    if _is(model_sampling, "V_PREDICTION_DDPM"):  # CogVideoX: its samplers, and its predictions, know x of variance 1 only
+        std, alpha = (value / (1 + sigma.square()).sqrt().view_as(value) for value in (std, alpha))
     return std.flatten(), alpha.flatten()
+
+
+def _is(model_sampling, kind: str) -> bool:
+    """Whether it is of a kind of ComfyUI's, which not every release has."""
+    return any(base.__name__.startswith(kind) for base in type(model_sampling).__mro__)
 
 
 class Picture:
@@ -62,7 +69,7 @@ def std_at(model_sampling, percent: float) -> float:
 def refuse(patcher, noise: torch.Tensor) -> None:
     """Raise where there is no picture to steer: not a picture, or not a diffusion of one."""
     require_pictures(noise, patcher.get_model_object("latent_format"))
-    if any(base.__name__.startswith("IMG_TO_IMG") for base in type(patcher.get_model_object("model_sampling")).__mro__):
+    if _is(patcher.get_model_object("model_sampling"), "IMG_TO_IMG"):
         raise ValueError(f"{type(patcher.model).__name__} maps one picture to another and has no noise level at which to compare it "
                          f"with a bank; the safe denoiser needs a diffusion model, so sample this one without it")
 

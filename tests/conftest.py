@@ -14,6 +14,7 @@ NO_BROWSER = "no ComfyUI" if not COMFYUI else "no chromium" if not CHROMIUM else
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--write-compatibility", action="store_true", help="write what this run shows of model families into docs/")
 
 
 def pytest_collection_modifyitems(config, items):

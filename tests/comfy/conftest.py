@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import compatibility
 import pytest
 import torch
 
@@ -90,11 +91,13 @@ def matrix():
     line = SimpleNamespace(name="", outcome="")
     yield line
     if line.name and line.outcome:
-        LINES.append(f"{line.name:<46} {line.outcome}")
+        LINES.append((line.name, line.outcome))
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
     if LINES:
         terminalreporter.section("compatibility matrix", sep="-")
-        for line in LINES:
-            terminalreporter.write_line(line)
+        for name, outcome in LINES:
+            terminalreporter.write_line(f"{name:<46} {outcome}")
+    if config.getoption("--write-compatibility"):
+        compatibility.write(dict(LINES))

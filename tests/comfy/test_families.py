@@ -1,10 +1,11 @@
 """Every model family through ComfyUI's own classes: nothing in the pack names one, so each must come out right by itself."""
+import compatibility
 import pytest
 import torch
-from families import FAMILIES, REFUSED, build, conditioning
+from families import BY_FORMAT, FAMILIES, FINDERS, REFUSED, SAME_AS, build, conditioning, here, noise
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=here(FAMILIES))
 def family(request, comfy, matrix):
     matrix.name = f"family: {request.param}"
     return FAMILIES[request.param]
@@ -26,20 +27,20 @@ def bank(model, family, pack):
 
 
 def sample(model, family, steps=2, batch=1):
-    """(the corrected prediction of the first step, the result)."""
+    """(the corrected prediction of the first step, the result), both of the picture."""
     import comfy.sample
+    from pack.nodes.bank import picture_stream
 
-    first = []
-    noise = torch.randn(batch, *family.latent, generator=torch.Generator().manual_seed(3))
-    result = comfy.sample.sample(model, noise, steps, 2.0, "euler", "simple", conditioning(family, 1), conditioning(family, 2),
-                                 torch.zeros_like(noise), seed=0, disable_pbar=True, callback=lambda step, x0, x, total: first.append(x0))
-    return first[0], result
+    first, start = [], noise(family, 3, batch)
+    result = comfy.sample.sample(model, start, steps, 2.0, "euler", "simple", conditioning(family, 1), conditioning(family, 2), start * 0,
+                                 seed=0, disable_pbar=True, callback=lambda step, x0, x, total: first.append(x0))
+    return picture_stream(first[0]), picture_stream(result)
 
 
 def perfect_output(kind, x0, eps, sigma, d):
     """What a perfect network of this kind would output: Karras et al. 2022, Table 1, for "edm" and "v" (which is minus that)."""
     karras = (sigma * x0 - d**2 * eps) / (d * (sigma**2 + d**2) ** 0.5)
-    return {"eps": eps, "v": -karras, "edm": karras, "flow": eps - x0, "cosmos": eps - x0}[kind]
+    return {"eps": eps, "v": -karras, "v of variance 1": -karras, "edm": karras, "flow": eps - x0, "cosmos": eps - x0}[kind]
 
 
 def test_alpha_and_std_are_those_of_the_family(family, model, pack):
@@ -47,14 +48,16 @@ def test_alpha_and_std_are_those_of_the_family(family, model, pack):
     from pack.nodes.sample import forward_process
 
     sampling = model.model.model_sampling
+    scale = getattr(sampling, "noise_scale", 1.0)  # of models whose noise is stronger than their noise level says
     x0, eps = torch.randn(2, 3, *family.latent, generator=torch.Generator().manual_seed(1))
     for sigma in (float(s) for s in (sampling.sigma_max, sampling.sigmas[len(sampling.sigmas) // 2], sampling.sigma_min)):
         std, alpha = forward_process(sampling, torch.full((3,), sigma), x0.ndim)
-        assert std.tolist() == pytest.approx([sigma] * 3)
-        assert alpha.tolist() == pytest.approx([1 - sigma if family.output == "flow" else 1.0] * 3, abs=1e-6)
+        unit = (1 + sigma**2) ** -0.5 if family.output == "v of variance 1" else 1.0
+        assert std.tolist() == pytest.approx([sigma * scale * unit] * 3)
+        assert alpha.tolist() == pytest.approx([1 - sigma if family.output == "flow" else unit] * 3, abs=1e-6)
         x = alpha[0] * x0 + std[0] * eps
-        found = sampling.calculate_denoised(torch.full((3,), sigma), perfect_output(family.output, x0, eps, sigma,
-                                                                                    getattr(sampling, "sigma_data", 1.0)), x)
+        found = sampling.calculate_denoised(torch.full((3,), sigma), perfect_output(
+            family.output, x0, scale * eps, sigma, getattr(sampling, "sigma_data", 1.0)), x)
         torch.testing.assert_close(found, x0, rtol=1e-4, atol=1e-5 * max(1.0, sigma))
 
 
@@ -82,7 +85,7 @@ def test_sampling_moves_away_from_the_bank_and_off_is_off(family, model, bank, r
     matrix.outcome = f"pass ({type(model.model).__name__}, {model.model.model_type.name}, {tuple(family.latent)})"
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", here(REFUSED))
 def test_what_is_no_diffusion_of_pictures_is_refused(name, comfy, run, pack, matrix):
     from pack.safe_denoiser import Bank
 
@@ -93,3 +96,50 @@ def test_what_is_no_diffusion_of_pictures_is_refused(name, comfy, run, pack, mat
     with pytest.raises(ValueError, match="audio or a 3-D shape|maps one picture to another") as error:
         sample(patched, family)
     matrix.outcome = f"refused: {error.value}"
+
+
+def test_every_model_of_this_comfyui_is_a_row_or_like_one(comfy, pack):
+    """A release that brings a new model fails here until the model is tested."""
+    import comfy.supported_models
+    from pack.nodes.bank import require_pictures
+
+    models = {model.__name__: model for model in comfy.supported_models.models}
+    rows = {family.config for family in (FAMILIES | REFUSED).values()}
+    for name, like in SAME_AS.items():
+        if name in models:
+            assert issubclass(models[name], models[like]) and like in rows
+    for name, shape in BY_FORMAT.items():
+        if name in models:
+            with pytest.raises(ValueError, match="audio or a 3-D shape"):
+                require_pictures(torch.zeros(shape), models[name].latent_format())
+    assert set(models) - rows - set(SAME_AS) - FINDERS - set(BY_FORMAT) == set()
+
+
+def test_only_what_is_no_picture_is_told_by_its_format(comfy, pack):
+    """All formats of latents, as 4-D tensors, which pictures are too."""
+    import inspect
+
+    import comfy.latent_formats
+    from pack.nodes.bank import require_pictures
+
+    refused = set()
+    for name, kind in inspect.getmembers(comfy.latent_formats, inspect.isclass):
+        try:
+            require_pictures(torch.zeros(1, 4, 8, 8), kind())
+        except ValueError:
+            refused.add(name)
+    wanted = {"ACEAudio", "ACEAudio15", "Hunyuan3Dv2", "Hunyuan3Dv2_1", "Hunyuan3Dv2mini", "MiniMaxMusic3", "StableAudio1", "StableAudio3",
+              "Trellis2", "Trellis2SLAT", "Trellis2ShapeSLAT", "Trellis2TexSLAT", "TripoSplat"}
+    assert refused == wanted & set(dir(comfy.latent_formats))
+
+
+def test_the_table_of_the_documentation_is_what_the_tests_showed(comfy):
+    """It has a row for each family; and where this release has a column, no family that it has is missing in it."""
+    import comfyui_version
+
+    versions, rows = compatibility.read()
+    assert list(rows) == [*FAMILIES, *REFUSED] and {"0.3.64", "0.33.0"} <= set(versions)
+    if comfyui_version.__version__ not in versions:
+        return
+    told = {name: row[f"v{comfyui_version.__version__}"] for name, row in rows.items()}
+    assert told == {**dict.fromkeys(rows, "—"), **dict.fromkeys(here(FAMILIES), "pass"), **dict.fromkeys(here(REFUSED), "refused")}

@@ -4,11 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import Family, build
+from families import FAMILIES, build, conditioning, noise
 
-SOUND = Family("LTXAV", dict(attention_head_dim=12, num_attention_heads=2, audio_attention_head_dim=12, audio_num_attention_heads=2,
-                             caption_channels=24, cross_attention_dim=24, audio_cross_attention_dim=24, num_layers=1), "flow",
-               (128, 3, 4, 4))
+SOUND = FAMILIES["LTX-2 (picture and sound)"]
 
 
 @pytest.fixture
@@ -76,20 +74,16 @@ def sounding(comfy):
         pytest.skip("this ComfyUI has no model of picture and sound")
     from comfy.nested_tensor import NestedTensor
 
-    torch.manual_seed(0)
-    return SimpleNamespace(model=build(SOUND), latent={"samples": NestedTensor([torch.zeros(1, *SOUND.latent), torch.zeros(1, 8, 5, 16)])},
-                           prompts=[[[torch.randn(1, 4, 48), {}]] for _ in range(2)])
+    latent = {"samples": NestedTensor([torch.zeros(1, *SOUND.latent), torch.zeros(1, *SOUND.sound)])}
+    return SimpleNamespace(model=build(SOUND), latent=latent, prompts=[conditioning(SOUND, seed) for seed in (1, 2)])
 
 
 def sampled(model, sounding, batch=1):
     """Picture and sound of the prediction of the first step, and of the result."""
     import comfy.sample
-    from comfy.nested_tensor import NestedTensor
 
-    noise = NestedTensor([torch.randn(batch, *part.shape[1:], generator=torch.Generator().manual_seed(i))
-                          for i, part in enumerate(sounding.latent["samples"].unbind())])
-    first = []
-    result = comfy.sample.sample(model, noise, 2, 2.0, "euler", "simple", *sounding.prompts, noise * 0, seed=0, disable_pbar=True,
+    first, start = [], noise(SOUND, 3, batch)
+    result = comfy.sample.sample(model, start, 2, 2.0, "euler", "simple", *sounding.prompts, start * 0, seed=0, disable_pbar=True,
                                  callback=lambda step, x0, x, total: first.append(x0))
     return first[0].unbind(), result.unbind()
 
