@@ -15,6 +15,7 @@ from ..safe_denoiser.clip import fetch, load_clip, published
 from ..safe_denoiser.meaning import SemanticPosterior, alarm_threshold, check, choose, nearest, text_scores
 from ..safe_denoiser.negation_set import evenly
 from . import folders
+from .bank import picture_stream
 from .fingerprint import fingerprint_weights
 from .live import Live, progress
 from .negation_set import preview_input, to_image
@@ -221,9 +222,16 @@ def outputs(checked) -> tuple:
 
 
 def rows_of(latent: dict | None, stopped: torch.Tensor):
-    """The latent of the blocked pictures, with their masks."""
+    """The latent of the blocked pictures, with their masks.
+
+    Raises:
+        ValueError: of a video, whose frames cannot be sampled one by one.
+    """
     if latent is None or not stopped.any():
         return PASSING
+    samples = picture_stream(latent["samples"])
+    if samples is not latent["samples"] or samples.ndim > 4 and samples.shape[2] > 1:
+        raise ValueError("latent is that of a video, whose frames cannot be sampled again one by one; leave latent unconnected")
     rows = stopped.nonzero()[:, 0]
     found = {key: value for key, value in latent.items() if key != "batch_index"}  # a new seed draws their noise
     for key in ("samples", "noise_mask"):
@@ -231,6 +239,19 @@ def rows_of(latent: dict | None, stopped: torch.Tensor):
             found[key] = found[key][rows]
     found["samples"] = found["samples"].expand(len(rows), *found["samples"].shape[1:])
     return found
+
+
+def answers(checked) -> tuple[bool, list[bool]]:
+    """all_passed and each_passed."""
+    return not bool(checked.blocked.any()), (~checked.blocked).tolist()
+
+
+def answer_outputs() -> list[io.Output]:
+    return [
+        io.Boolean.Output(display_name="all_passed", tooltip="Whether every picture passed. For a switch, so that a workflow can branch."),
+        io.Boolean.Output(display_name="each_passed", is_output_list=True,
+                          tooltip="Whether it passed, for each picture: what follows runs once for each."),
+    ]
 
 
 def checked_outputs() -> list[io.Output]:
@@ -267,7 +288,7 @@ class CheckImages(io.ComfyNode):
             ],
             outputs=[*checked_outputs(), io.Latent.Output(
                 display_name="again", tooltip="The latent of the blocked pictures only, to sample them anew. None: what follows does not "
-                                              "run.")],
+                                              "run."), *answer_outputs()],
         )
 
     @classmethod
@@ -277,7 +298,7 @@ class CheckImages(io.ComfyNode):
             retain = embed(clip, retain_set)
             threshold = alarm_threshold(unsafe, retain, false_alarms)
         checked = check(clip, images[..., :3], unsafe, negation_set.names, threshold, cover == "black", retain)
-        return io.NodeOutput(*outputs(checked), rows_of(latent, checked.blocked))
+        return io.NodeOutput(*outputs(checked), rows_of(latent, checked.blocked), *answers(checked))
 
 
 class FillBlockedImages(io.ComfyNode):
@@ -293,7 +314,7 @@ class FillBlockedImages(io.ComfyNode):
                                                               "the output again of the first. Asked for only where something was blocked."),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="All pictures in their places; what is refused is blurred or black."),
-                     *checked_outputs()],
+                     *checked_outputs(), *answer_outputs()],
         )
 
     @classmethod
@@ -303,7 +324,7 @@ class FillBlockedImages(io.ComfyNode):
     @classmethod
     def execute(cls, checked, again=None) -> io.NodeOutput:
         filled = checked.filled(again) if again is not None else checked
-        return io.NodeOutput(filled.covered, *outputs(filled))
+        return io.NodeOutput(filled.covered, *outputs(filled), *answers(filled))
 
 
 class MakeSemanticPosterior(io.ComfyNode):
