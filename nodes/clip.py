@@ -333,7 +333,7 @@ class MakeSemanticPosterior(io.ComfyNode):
         return io.Schema(
             node_id="SafeDenoiserSemanticPosterior", display_name="Semantic Posterior", category=f"{CATEGORY}/meaning",
             is_experimental=True,
-            description="Experimental: while sampling, P(unsafe | x) is read off what the decoded prediction means, instead of off "
+            description="Experimental: while sampling, P(unsafe) is read off what the decoded prediction means, instead of off "
                         "distances between latents. For Apply Safe Denoiser with a retain bank.",
             inputs=[
                 *clip_inputs("The pictures of the negation bank."),

@@ -11,7 +11,7 @@ class SafeDenoiserReport(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserReport", display_name="Safe Denoiser Report", category=CATEGORY, is_output_node=True,
-            description="Posterior P(unsafe | x) and size of the correction at each step, what was clamped, and why a run did nothing.",
+            description="Posterior P(unsafe) and size of the correction at each step, what was clamped, and why a run did nothing.",
             inputs=[
                 ReportType.Input("report", tooltip="From Safe KSampler or Apply Safe Denoiser."),
                 io.Latent.Input("samples", optional=True,

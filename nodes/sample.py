@@ -311,7 +311,7 @@ class ApplySafeDenoiser(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to patch; it is cloned, the original stays as it is."), *bank_inputs(),
                 method, strength, *rest,
                 io.Combo.Input("weight", options=list(WEIGHTS), default="auto",
-                               tooltip="How P(unsafe | x) is found. auto: witness with an unwanted condition; else evidence with a "
+                               tooltip="How P(unsafe) is found. auto: witness with an unwanted condition; else evidence with a "
                                        "reference bank (gaussian where distances cannot tell the banks apart), retain with a retain "
                                        "bank, else unconditional (leave the negative prompt empty), else, at cfg 1, gate. The others "
                                        "are for comparison. Only for method safe_denoiser."),
@@ -319,7 +319,7 @@ class ApplySafeDenoiser(io.ComfyNode):
                                tooltip="Share of unsafe pictures among what the model makes by itself, as a probability. Higher steers "
                                        "harder. 0: automatic, 0.25 to 0.6 by the banks connected."),
                 io.Float.Input("evidence", default=-1.0, min=-1.0, max=20.0, step=0.1,
-                               tooltip="How much the prediction itself counts in P(unsafe | x). 0: not at all (the theorem as printed). "
+                               tooltip="How much the prediction itself counts in P(unsafe). 0: not at all (the theorem as printed). "
                                        "-1: automatic, 3 with a bank to compare with, 10 by parts, 1.5 without."),
                 io.Float.Input("bandwidth", default=0.0, min=0.0, max=100.0, step=0.01,
                                tooltip="Kernel width around each picture, in latent units. 0: automatic."),
@@ -330,7 +330,7 @@ class ApplySafeDenoiser(io.ComfyNode):
                 io.Float.Input("threshold", default=1e-9, min=0.0, max=1e6, step=1e-9, round=False,
                                tooltip="Gate of method official: open where the kernel sum exceeds it. 0: always open."),
                 SemanticType.Input("semantic", optional=True,
-                                   tooltip="Experimental, from Semantic Posterior: P(unsafe | x) by what the prediction means. Needs "
+                                   tooltip="Experimental, from Semantic Posterior: P(unsafe) by what the prediction means. Needs "
                                            "retain_bank. Optional."),
                 io.Int.Input("parts", default=0, min=0, max=6, optional=True,
                              tooltip="1: pictures are compared as a whole. 2 or more: by windows of 1/2 or less of each side, for what is "
