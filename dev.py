@@ -207,11 +207,12 @@ class Server:
     ...     entry = server.run(prompt)
     ...     png = server.view(entry["outputs"]["9"]["images"][0])
 
-    Nothing is written outside `base_directory`; what ComfyUI prints goes to `comfyui.log` in it.
+    Nothing is written outside `base_directory`; what ComfyUI prints goes to `comfyui.log` in it. `arguments` are more of ComfyUI's own.
     """
 
-    def __init__(self, comfyui_path, base_directory, python=sys.executable):
+    def __init__(self, comfyui_path, base_directory, *arguments, python=sys.executable):
         self.comfyui, self.base, self.python = Path(comfyui_path).absolute(), Path(base_directory).absolute(), python
+        self.arguments = arguments
         self.log = self.base / "comfyui.log"
         self.process = self.url = None
 
@@ -223,7 +224,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         command = [self.python, self.comfyui / "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port),
                    "--base-directory", self.base, "--disable-auto-launch", "--disable-api-nodes",
-                   "--database-url", f"sqlite:///{(self.base / 'user/comfyui.db').as_posix()}"]
+                   "--database-url", f"sqlite:///{(self.base / 'user/comfyui.db').as_posix()}", *self.arguments]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=self.base, stdout=log, stderr=subprocess.STDOUT,
                                             stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONUTF8": "1"})

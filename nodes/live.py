@@ -1,4 +1,4 @@
-"""Numbers on the sampling node while it runs, through ComfyUI's own progress text."""
+"""What the page shows of a run: the node's bar, and a text on the node that samples, see web/safe_denoiser.js."""
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +33,8 @@ class Live:
 
     def send(self, text: str) -> None:
         if self.context is not None and self.server is not None:
-            self.server.send_progress_text(text, self.context.node_id)
+            message = {"node": self.context.node_id, "prompt_id": self.context.prompt_id, "text": text}
+            self.server.send_sync("safe_denoiser.text", message, self.server.client_id)
 
     def show(self, steps: list) -> None:
         """Tell of the last step but one: its numbers are there already, so that reading them does not wait for the running step."""

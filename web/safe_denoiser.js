@@ -1,20 +1,70 @@
-// Two small gaps of ComfyUI's page. Without this file everything works; only these two are missing.
+// What the safe denoiser did, as a text on the node that sampled, and why a node was refused. Without this file everything else works.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
-const ours = (type) => type?.startsWith("SafeDenoiser");
+const TEXT = "safe_denoiser_text", STORE = "safe_denoiser.texts";
+const LINE = 15; // pixels
 
-// The numbers of a running sampler are a text on the node, which the page saves into the workflow as if it were the value of one
-// more widget. This keeps it out, so that a widget that is added to the node one day gets no text for a value.
-function keepTextOut() {
-  for (const node of (app.canvas?.graph ?? app.graph)?.nodes ?? []) {
-    if (!ours(node.type)) continue;
-    for (const widget of node.widgets ?? []) if (widget.name === "$$node-text-preview") widget.serialize = false;
+// --- Texts on nodes. The page's own text on a running node goes when the run ends (front ends from 1.55), or is saved into the workflow as
+// if it were a widget's value (those before); this one stays through tabs and reloads, and out of the workflow.
+
+const texts = JSON.parse(sessionStorage.getItem(STORE) ?? "{}"); // by workflow, then by the id with which a node runs
+const workflows = {}; // the workflow that a prompt came from, by the prompt's id: its tab need not be the one that is shown
+
+const shown = () => app.extensionManager?.workflow?.activeWorkflow?.path ?? "";
+
+// A node that runs, and the subgraphs around it: "12:5" is node 5 in the subgraph of node 12.
+function* nodesOf(id) {
+  let graph = app.rootGraph ?? app.graph;
+  for (const part of String(id).split(":")) {
+    const node = graph?.getNodeById(Number(part)) ?? graph?.getNodeById(part);
+    if (!node) return;
+    yield node;
+    graph = node.subgraph;
   }
 }
 
-// Where another part of the workflow can still run, the page only draws a red line around a node that was refused. This says why.
+function write(node, text) {
+  let widget = node.widgets?.find((one) => one.name === TEXT);
+  if (!text) {
+    if (widget) node.removeWidget?.(widget);
+    return;
+  }
+  if (!widget) {
+    const place = document.createElement("div");
+    place.className = "safe-denoiser-text";
+    place.style.cssText = `font: 11px/${LINE}px sans-serif; color: var(--input-text, #ddd); white-space: pre-wrap; overflow: hidden; padding: 2px 6px`;
+    const height = () => 6 + LINE * Math.max(3, place.textContent.split("\n").length);
+    widget = node.addDOMWidget(TEXT, TEXT, place, { // a type that the page has no form of its own for
+      serialize: false, hideOnZoom: false, getMinHeight: height, getMaxHeight: height,
+      getValue: () => place.textContent, setValue: (value) => { place.textContent = value; },
+    });
+    widget.serialize = false; // the first keeps it out of the prompt, this out of the workflow
+  }
+  widget.element.textContent = text; // names of pictures come from strangers: never as HTML
+  const [width, height] = node.computeSize();
+  if (node.size[1] < height) node.setSize([Math.max(width, node.size[0]), height]);
+  node.setDirtyCanvas?.(true, true);
+}
+
+function tell({ detail: { node, prompt_id: prompt, text } }) {
+  const workflow = workflows[prompt] ?? shown();
+  (texts[workflow] ??= {})[node] = text;
+  sessionStorage.setItem(STORE, JSON.stringify(texts));
+  if (workflow === shown()) for (const one of nodesOf(node)) write(one, text);
+}
+
+function restore() {
+  for (const [id, text] of Object.entries(texts[shown()] ?? {})) for (const node of nodesOf(id)) write(node, text);
+}
+
+// --- Where another part of the workflow can still run, older pages only draw a red line around a node that was refused. This says why.
+
+const ours = (type) => type?.startsWith("SafeDenoiser");
+const pageSaysIt = () => !!document.querySelector("[data-testid=error-overlay]");
+
 function sayWhatWasRefused() {
+  if (pageSaysIt()) return;
   for (const error of Object.values(app.lastNodeErrors ?? {})) {
     if (!ours(error.class_type)) continue;
     const summary = window.LiteGraph?.registered_node_types?.[error.class_type]?.title ?? error.class_type;
@@ -26,7 +76,17 @@ function sayWhatWasRefused() {
 app.registerExtension({
   name: "SafeDenoiser",
   setup() {
-    api.addEventListener("progress_text", () => setTimeout(keepTextOut));
-    api.addEventListener("promptQueued", sayWhatWasRefused);
+    const queue = api.queuePrompt;
+    api.queuePrompt = async function (...args) {
+      const workflow = shown();
+      const answer = await queue.apply(this, args);
+      if (answer?.prompt_id) workflows[answer.prompt_id] = workflow;
+      return answer;
+    };
+    api.addEventListener("safe_denoiser.text", tell);
+    api.addEventListener("promptQueued", () => setTimeout(sayWhatWasRefused, 500)); // after the page has had its say
+  },
+  afterConfigureGraph() {
+    setTimeout(restore, 200); // the page names the workflow that is shown after it has shown it
   },
 });

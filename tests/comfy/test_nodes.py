@@ -120,11 +120,15 @@ def test_combined_sets_weigh_the_bank(run, tiny, sets):
 
 
 def test_the_sampling_node_tells_how_it_goes(run, tiny, sample, monkeypatch):
-    """Through ComfyUI's progress text: some of the steps while it runs, and the verdict at the end."""
+    """The page's script: some of the steps while it runs, and the verdict at the end."""
     from comfy_execution.utils import CurrentNodeContext
 
     sent = []
-    server = SimpleNamespace(send_progress_text=lambda text, node_id: sent.append((node_id, text)))
+    def send(event, data, client):
+        assert (event, data["prompt_id"], client) == ("safe_denoiser.text", "prompt", "page")
+        sent.append((data["node"], data["text"]))
+
+    server = SimpleNamespace(send_sync=send, client_id="page")
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
     monkeypatch.setattr("pack.nodes.live.SECONDS", 0)
     with CurrentNodeContext("prompt", "7"):
