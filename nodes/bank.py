@@ -15,7 +15,7 @@ from ..safe_denoiser.bank import FITS
 from . import folders
 from .fingerprint import fingerprint, fingerprint_weights
 from .live import progress
-from .types import CATEGORY, NegationBankType, NegationSetType
+from .types import CATEGORY, NegationBankType, NegationSetType, found_by
 
 SEARCHED = 20_000  # pictures from which a bank gets an index, see benchmarks/RESULTS.md
 NO_PICTURES = ("ACEAudio", "StableAudio", "MiniMaxMusic", "Hunyuan3D", "Trellis2", "TripoSplat")  # ComfyUI's formats of such latents
@@ -73,6 +73,7 @@ class BuildNegationBank(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserBuildNegationBank", display_name="Build Negation Bank", category=CATEGORY,
+            **found_by("encode negative images", "unlearn", "forget", "avoid"),
             description="Encodes every picture of a negation set with the model's VAE, at the size that will be sampled. Each picture is "
                         "encoded once and cached on disk. " + DECODABLE,
             inputs=[
@@ -109,6 +110,7 @@ class SaveNegationBank(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserSaveNegationBank", display_name="Save Negation Bank", category=CATEGORY, is_output_node=True,
+            **found_by("export negation bank", "unlearn"),
             description="Writes a bank as safetensors into output/negation_banks. " + DECODABLE,
             inputs=[
                 NegationBankType.Input("negation_bank", tooltip="The bank to write."),
@@ -132,6 +134,7 @@ class LoadNegationBank(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserLoadNegationBank", display_name="Load Negation Bank", category=CATEGORY,
+            **found_by("import negation bank", "unlearn", "forget"),
             description="Reads a bank from output/negation_banks or models/negation_banks. It fits the VAE and size it was built "
                         "with. " + DECODABLE,
             inputs=[io.Combo.Input("bank", options=folders.list_banks(),

@@ -2,7 +2,7 @@
 import torch
 from comfy_api.latest import io
 
-from .types import CATEGORY
+from .types import CATEGORY, found_by
 
 
 class ClassCondition(io.ComfyNode):
@@ -10,6 +10,7 @@ class ClassCondition(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserClassCondition", display_name="Class Condition", category=f"{CATEGORY}/class-conditional",
+            **found_by("class label", "class conditional", "imagenet"),
             description="Conditioning for a class-conditional model: the class as a one-hot pooled vector, and a context of zeros.",
             inputs=[
                 io.Int.Input("class_index", default=0, min=-1, max=99_999,

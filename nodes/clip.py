@@ -19,7 +19,7 @@ from .bank import picture_stream
 from .fingerprint import fingerprint_weights
 from .live import Live, progress
 from .negation_set import preview_input, to_image
-from .types import CATEGORY, CheckedType, ClipType, NegationSetType, SemanticType
+from .types import CATEGORY, PREVIEWS, CheckedType, ClipType, NegationSetType, SemanticType, found_by
 
 BY_TAG = "pretrained tag"
 PASSING = ExecutionBlocker(None)  # in place of an empty batch: what follows does not run, and nobody is alarmed
@@ -61,6 +61,7 @@ class LoadOpenCLIP(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserLoadOpenCLIP", display_name="Load OpenCLIP", category=f"{CATEGORY}/meaning",
+            **found_by("clip", "embedding", "nsfw detector"),
             description="A CLIP model, which knows what pictures and texts mean: for curating negation sets and checking images. "
                         "Nothing is downloaded unless you switch it on.",
             inputs=[
@@ -134,6 +135,7 @@ class CurateNegationSet(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserCurateNegationSet", display_name="Curate Negation Set", category=f"{CATEGORY}/meaning",
+            **PREVIEWS, **found_by("sort images", "duplicates", "clip search", "filter images"),
             description="Keeps the pictures that mean something, drops near-duplicates, and picks a few that cover the rest.",
             inputs=[
                 *clip_inputs("The pictures to choose from."),
@@ -184,6 +186,7 @@ class SplitNegationSet(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserSplitNegationSet", display_name="Split Negation Set", category=f"{CATEGORY}/meaning",
+            **PREVIEWS, **found_by("sort images", "clip search", "filter images"),
             description="Makes a negation set and a retain set from one folder, by two texts: what must not come out, and what may.",
             inputs=[
                 *clip_inputs("The pictures to split."),
@@ -268,6 +271,7 @@ class CheckImages(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserCheckImages", display_name="Check Images", category=f"{CATEGORY}/meaning",
+            **found_by("nsfw", "nsfw detector", "safety checker", "censor", "filter images", "moderation", essential="Image Tools"),
             description="Second layer, after decoding: blocks pictures that mean much the same as a picture of the negation set.",
             inputs=[
                 io.Image.Input("images", tooltip="The decoded pictures."),
@@ -306,6 +310,7 @@ class FillBlockedImages(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserFillBlockedImages", display_name="Fill Blocked Images", category=f"{CATEGORY}/meaning",
+            **found_by("censor", "retry", "sample again", "safety checker"),
             description="Puts pictures that were sampled again in the place of blocked ones. Where nothing was blocked, nothing is sampled "
                         "again. As many of these nodes as there are, so many attempts there are.",
             inputs=[
@@ -332,6 +337,7 @@ class MakeSemanticPosterior(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserSemanticPosterior", display_name="Semantic Posterior", category=f"{CATEGORY}/meaning",
+            **found_by("clip guidance", "safety"),
             is_experimental=True,
             description="Experimental: while sampling, P(unsafe) is read off what the decoded prediction means, instead of off "
                         "distances between latents. For Apply Safe Denoiser with a retain bank.",

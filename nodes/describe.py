@@ -7,7 +7,7 @@ from ..safe_denoiser.meaning import describe
 from .clip import SCORED, clip_inputs, embed, sheet
 from .live import Live
 from .negation_set import preview_input
-from .types import CATEGORY, NegationSetType
+from .types import CATEGORY, PREVIEWS, NegationSetType, found_by
 
 PHRASES = """nudity
 a nude person
@@ -69,6 +69,7 @@ class DescribeNegationSet(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserDescribeNegationSet", display_name="Describe Negation Set", category=f"{CATEGORY}/meaning",
+            **PREVIEWS, **found_by("interrogate", "caption", "clip", "negative prompt from images"),
             description="Says in a few phrases what a folder of pictures shows that others do not: the text of an unwanted condition, "
                         "without writing one.",
             inputs=[

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..safe_denoiser import NegationSet, combine_sets
 from . import folders
-from .types import CATEGORY, NegationSetType
+from .types import CATEGORY, PREVIEWS, NegationSetType, found_by
 
 
 def to_image(picture: Image.Image) -> torch.Tensor:
@@ -42,6 +42,7 @@ class LoadNegationSet(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserLoadNegationSet", display_name="Load Negation Set", category=CATEGORY,
+            **PREVIEWS, **found_by("nsfw", "censor", "forget", "unlearn", "copyright", "negative images", "avoid", "ban", "image folder"),
             description="Pictures that must not come out (unsafe, copyrighted, a person who wishes to be forgotten): a folder or a zip "
                         "file in input/negation_sets or models/negation_sets, or a saved bank.",
             inputs=[
@@ -78,6 +79,7 @@ class NegationSetFromImages(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserNegationSetFromImages", display_name="Negation Set from Images", category=CATEGORY,
+            **PREVIEWS, **found_by("negative image", "avoid image", "forget image", "ban"),
             description="A negation set from pictures in the graph, such as ones the model itself made from an unsafe prompt, as the "
                         "paper did.",
             inputs=[io.Image.Input("images", tooltip="Batch of pictures; each one becomes an item of the set."), preview_input()],
@@ -99,6 +101,7 @@ class CombineNegationSets(io.ComfyNode):
                    for i in SLOTS]
         return io.Schema(
             node_id="SafeDenoiserCombineNegationSets", display_name="Combine Negation Sets", category=CATEGORY,
+            **found_by("merge negative images", "avoid", "ban"),
             description="One set from up to four, with a weight for each. The weight is per picture, so a large set still counts more "
                         "than a small one of the same weight. For unlike things chain two Apply Safe Denoiser instead: merged into one, "
                         "their directions cancel.",

@@ -13,7 +13,7 @@ from ..safe_denoiser.bank import trim
 from . import folders
 from .bank import picture_stream, require_pictures, resizing
 from .fingerprint import fingerprint, fingerprint_weights
-from .types import CATEGORY, NegationBankType
+from .types import CATEGORY, NegationBankType, found_by
 
 
 def sample_bank(model, conditioning, streams, count, seed, steps, sampler_name, scheduler, batch_size) -> Bank:
@@ -61,6 +61,7 @@ class SampleReferenceBank(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserSampleReferenceBank", display_name="Sample Reference Bank", category=CATEGORY,
+            **found_by("reference samples", "unconditional samples"),
             description="What the model makes by itself: samples under the empty prompt. Against this the safe denoiser judges how unsafe "
                         "a latent is. Sampled once per model, size and settings, then read from disk.",
             inputs=[

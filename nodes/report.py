@@ -3,7 +3,7 @@ from comfy_api.latest import io, ui
 
 from .negation_set import preview_input, to_image
 from .runs import recall
-from .types import CATEGORY, NegationSetType, ReportType
+from .types import CATEGORY, NegationSetType, ReportType, found_by
 
 
 class SafeDenoiserReport(io.ComfyNode):
@@ -11,6 +11,7 @@ class SafeDenoiserReport(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserReport", display_name="Safe Denoiser Report", category=CATEGORY, is_output_node=True,
+            **found_by("safety report", "what was censored"),
             description="Posterior P(unsafe) and size of the correction at each step, what was clamped, and why a run did nothing.",
             inputs=[
                 ReportType.Input("report", tooltip="From Safe KSampler or Apply Safe Denoiser."),

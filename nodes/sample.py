@@ -16,7 +16,7 @@ from .conditions import Witness, hookable
 from .live import Live
 from .loading import Banks
 from .runs import remember, source
-from .types import CATEGORY, NegationBankType, ReportType, SemanticType
+from .types import CATEGORY, NegationBankType, ReportType, SemanticType, found_by
 
 KEY, POST_CFG = "safe_denoiser", "sampler_post_cfg_function"
 MISSED = "the unwanted condition was not evaluated in some model calls: the guider, or a node beside this one, asks the model its own way"
@@ -305,6 +305,8 @@ class ApplySafeDenoiser(io.ComfyNode):
         method, strength, *rest = guidance_inputs()
         return io.Schema(
             node_id="SafeDenoiserApply", display_name="Apply Safe Denoiser", category=CATEGORY,
+            **found_by("nsfw", "censor", "safe", "safety", "forget", "unlearn", "erase concept", "copyright", "negative image",
+                       "negative guidance", "avoid", "ban", "spell", "cfg 1 negative"),
             description="Patches a model so that any sampler and guider steers away from the negation bank, or the unwanted condition, at "
                         "each step (arXiv:2502.08011).",
             inputs=[
@@ -358,6 +360,8 @@ class SafeKSampler(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserKSampler", display_name="Safe KSampler", category=CATEGORY,
+            **found_by("nsfw", "censor", "safe", "safety", "forget", "unlearn", "erase concept", "copyright", "negative image", "avoid",
+                       "ban", "sampler", essential="Image Generation"),
             description="KSampler that steers away from a negation bank, or an unwanted condition, at each step, with no training "
                         "(arXiv:2502.08011). The same as Apply Safe Denoiser followed by KSampler.",
             inputs=[

@@ -71,7 +71,8 @@ class Page:
         self.view.evaluate("""() => {
             window.runs = [];
             window.picturesOf = kind => {
-                const node = app.graph.nodes.find(n => n.type === kind), html = document.querySelectorAll(`[data-node-id='${node.id}'] img`);
+                const node = app.graph.nodes.find(n => n.type === kind);
+                const html = document.querySelectorAll(`[data-node-id='${node.id}'] img`);
                 return html.length ? [...html] : node.imgs ?? [];
             };
             for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
@@ -98,8 +99,9 @@ class Page:
     def complaints(self):
         """Errors and warnings of the console that come from the pack. The page asks for a help page in its language first, and takes
         the one without a language when there is none; and it asks a registry about packs, which it is not let."""
-        return [entry for entry in self.console if entry[0] in ("error", "warning") and not entry[2].endswith("/en.md")
-                and not entry[1].startswith("Connecting to") and any(word in " ".join(entry[1:]).lower() for word in ("safe-denoiser", "safedenoiser", "safe_denoiser.js"))]
+        others = [entry for entry in self.console if entry[0] in ("error", "warning") and not entry[2].endswith("/en.md")]
+        return [entry for entry in others if not entry[1].startswith("Connecting to")
+                and any(word in " ".join(entry[1:]).lower() for word in ("safe-denoiser", "safedenoiser", "safe_denoiser.js"))]
 
     def close_dialogs(self):
         """Such as the list of templates at the first start, and that of models which a template needs."""

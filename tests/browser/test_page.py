@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dev import ROOT
-from tests.browser.conftest import BOTH
+from tests.browser.conftest import BOTH, SEEDS
 
 TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
 NEEDS = {"check_and_branch": "ComfySwitchNode"}  # nodes that not every ComfyUI has
@@ -269,3 +269,69 @@ def test_the_unwanted_condition_runs_and_the_node_says_what_it_told(page):
     assert len(on) == 16 and any((a != b).any() for a, b in zip(off, on))
     said = page.said().splitlines()
     assert said[0] == "corrected 20 of 20 model calls" and said[2].startswith("as the unwanted condition tells (t ")
+
+
+def search(page, words, enter=False):
+    """Type into the search for nodes; the text of what it lists."""
+    page.view.evaluate("void app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    page.view.wait_for_timeout(800)
+    page.view.keyboard.type(words)
+    page.view.wait_for_timeout(1500)
+    found = page.view.locator("[role=dialog]").first.inner_text()
+    page.view.keyboard.press("Enter" if enter else "Escape")
+    page.view.wait_for_timeout(1000)
+    return found
+
+
+def test_the_search_finds_the_nodes_by_what_people_call_them(page):
+    if "search_aliases" not in page.server.get("/object_info/SafeDenoiserApply")["SafeDenoiserApply"]:
+        pytest.skip("this ComfyUI knows no search aliases")
+    for words, node in (("unlearn", "Load Negation Set"), ("nsfw detector", "Check Images")):
+        assert node in search(page, words), words
+
+
+@BOTH
+def test_a_blueprint_is_there_with_its_knobs_and_runs(page):
+    """Its sampler is in a subgraph, and says what it did on both."""
+    if page.view.evaluate("async () => (await app.api.fetchApi('/global_subgraphs')).status") != 200:
+        pytest.skip("this ComfyUI knows no blueprints of packs")
+    page.load("tiny_digits")
+    search(page, "Sample safely", enter=True)
+    knobs = page.view.evaluate("""seed => {
+        const node = app.graph.nodes.find(n => n.subgraph), find = kind => app.graph.nodes.find(n => n.type === kind);
+        const slot = name => node.inputs.findIndex(one => one.name === name), old = find('SafeDenoiserKSampler');
+        for (const name of ['model', 'positive', 'negative', 'latent_image']) {
+            const link = app.graph.links.get(old.inputs.find(one => one.name === name).link);
+            app.graph.getNodeById(link.origin_id).connect(link.origin_slot, node, slot(name));
+        }
+        find('VAELoader').connect(0, node, slot('vae'));
+        find('SafeDenoiserLoadNegationSet').connect(0, node, slot('negation_set'));
+        node.connect(0, app.graph.nodes.find(n => n.type === 'VAEDecode' && n.title.includes('on')), 0);
+        for (const [name, value] of Object.entries({count: 4, cfg: 2, seed})) node.widgets.find(w => w.name === name).value = value;
+        return node.widgets.map(w => w.name);
+    }""", next(SEEDS))
+    assert {"seed", "steps", "cfg", "sampler_name", "scheduler", "strength", "count"} <= set(knobs)
+    entry = page.run()
+    assert {"SafeDenoiserSampleReferenceBank", "SafeDenoiserKSampler"} <= {node["class_type"] for node in entry["prompt"][2].values()}
+    told = page.view.evaluate("""() => { const node = app.graph.nodes.find(n => n.subgraph);
+        return [node, node.subgraph.nodes.find(n => n.type === 'SafeDenoiserKSampler')].map(
+            n => n.widgets.find(w => w.name === 'safe_denoiser_text')?.element?.textContent) }""")
+    assert told[0] == told[1] and told[0].startswith("corrected 20 of 20 model calls")
+
+
+def test_bypass_and_mute(page):
+    """A bypassed Apply Safe Denoiser is not there: the stock sampler's pictures; a muted sampler draws none."""
+    page.load("apply_sampler_custom_advanced")
+    page.view.evaluate("""() => { for (const n of [...app.graph.nodes]) if (/Report|PreviewAny/.test(n.type)) app.graph.remove(n);
+        app.graph.nodes.find(n => n.type === 'RandomNoise').widgets[0].value = 4242 }""")
+    pictures = []
+    for mode in (0, 4):
+        page.view.evaluate("mode => { app.graph.nodes.find(n => n.type === 'SafeDenoiserApply').mode = mode }", mode)
+        entry = page.run()
+        pictures.append(page.pictures("SaveImage", entry))
+        assert ("SafeDenoiserApply" in {node["class_type"] for node in entry["prompt"][2].values()}) == (mode == 0)
+    assert any((a != b).any() for a, b in zip(*pictures))
+    page.load("tiny_digits")
+    page.view.evaluate("app.graph.nodes.find(n => n.type === 'SafeDenoiserKSampler').mode = 2")
+    page.new_seed()
+    assert "SafeDenoiserKSampler" not in {node["class_type"] for node in page.run()["prompt"][2].values()}
