@@ -319,6 +319,24 @@ def witnesses() -> dict[str, tuple[Callable, dict]]:
     }
 
 
+def distilled() -> dict[str, tuple[Callable, dict]]:
+    """What works without guidance, as distilled models (Flux, Z-Image Turbo, Klein) are sampled: no negative prompt is evaluated."""
+    def heard(negated):
+        return {"unwanted": prompt(str(negated))}
+
+    def compared(negated):
+        return heard(negated) | {"neutral": prompt(None)}
+
+    def beside(name, negated):
+        return SafeDenoiser(None, reference=reference()).safe
+
+    rows = {"off": (lambda name, negated: None, {}), "negation bank alone": (denoiser(), {}), "retain bank": (with_retain(), {}),
+            "reference bank": (denoiser(reference=reference()), {}), "unwanted and reference bank": (beside, {"conditions": heard}),
+            "unwanted and neutral": (lambda name, negated: SafeDenoiser(None).safe, {"conditions": compared}),
+            "unwanted, neutral and reference bank": (beside, {"conditions": compared})}
+    return {f"at cfg 1: {label}": (make, {**settings, "cfg": 1.0}) for label, (make, settings) in rows.items()}
+
+
 def samplers(comfyui: str, scale: Scale) -> dict[str, dict[str, float]]:
     """ComfyUI's samplers, by the nodes, 7 negated under "straight": the default off and on."""
     from tiny_digits.demo import in_comfyui
@@ -373,7 +391,7 @@ def main():
     scale, began = Scale(1, 60) if options.quick else Scale(options.seeds, options.pictures), time.time()
     rows, compared = controls(scale), methods()
     controls_and_methods = {*rows, *compared, *witnesses()}
-    wanted = {label: (make, {}) for label, make in compared.items()} | witnesses() | ablations() | scenarios()
+    wanted = {label: (make, {}) for label, make in compared.items()} | witnesses() | distilled() | ablations() | scenarios()
     if options.quick:
         wanted = {label: wanted[label] for label in QUICK}
     print(HEADER)

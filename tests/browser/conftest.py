@@ -96,6 +96,9 @@ class Page:
     def setting(self, name):
         return self.view.evaluate("name => app.extensionManager.setting.get(name) ?? null", name)
 
+    def tab(self):
+        return self.view.evaluate("app.extensionManager.workflow.activeWorkflow.path")
+
     def complaints(self):
         """Errors and warnings of the console that come from the pack. The page asks for a help page in its language first, and takes
         the one without a language when there is none; and it asks a registry about packs, which it is not let."""
@@ -164,7 +167,8 @@ class Page:
         """Click a combo and the choice in its list."""
         if self.modern:
             self.place(kind)  # into view
-            self.html(kind).locator(f"[data-widget-name={widget}] [role=combobox]").click()
+            line = self.html(kind).locator(".lg-node-widget", has=self.view.get_by_text(widget, exact=True))
+            line.locator("[role=combobox]").click()
             self.view.locator("[role=option]").get_by_text(choice, exact=True).click()
             self.view.wait_for_timeout(300)
             assert self.values(kind)[widget] == choice
