@@ -24,12 +24,16 @@ function* nodesOf(id) {
   }
 }
 
+function erase(node) {
+  const place = node.widgets?.findIndex((one) => one.name === TEXT) ?? -1;
+  if (place < 0) return;
+  node.widgets[place].onRemove?.();
+  node.widgets[place].element?.remove();
+  node.widgets.splice(place, 1);
+}
+
 function write(node, text) {
   let widget = node.widgets?.find((one) => one.name === TEXT);
-  if (!text) {
-    if (widget) node.removeWidget?.(widget);
-    return;
-  }
   if (!widget) {
     const place = document.createElement("div");
     place.className = "safe-denoiser-text";
@@ -55,7 +59,9 @@ function tell({ detail: { node, prompt_id: prompt, text } }) {
 }
 
 function restore() {
-  for (const [id, text] of Object.entries(texts[shown()] ?? {})) for (const node of nodesOf(id)) write(node, text);
+  const told = new Map(Object.entries(texts[shown()] ?? {}).flatMap(([id, text]) => [...nodesOf(id)].map((node) => [node, text])));
+  for (const node of (app.rootGraph ?? app.graph).nodes) if (!told.has(node)) erase(node);
+  for (const [node, text] of told) write(node, text);
 }
 
 // --- Where another part of the workflow can still run, older pages only draw a red line around a node that was refused. This says why.
@@ -87,6 +93,6 @@ app.registerExtension({
     api.addEventListener("promptQueued", () => setTimeout(sayWhatWasRefused, 500)); // after the page has had its say
   },
   afterConfigureGraph() {
-    setTimeout(restore, 200); // the page names the workflow that is shown after it has shown it
+    for (const soon of [200, 1500]) setTimeout(restore, soon); // the page names the workflow that is shown some time after it has shown it
   },
 });

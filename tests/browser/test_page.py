@@ -93,13 +93,14 @@ def test_what_was_done_stays_on_the_node_and_out_of_the_workflow(page):
     page.view.wait_for_timeout(500)
     page.view.evaluate("void app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
     page.view.wait_for_function("app.graph.nodes.length > 0")
-    page.view.wait_for_timeout(1000)
+    page.view.wait_for_timeout(2000)
     assert page.said() == said
     page.open()
-    page.view.wait_for_timeout(1000)
+    page.view.wait_for_timeout(2000)
     if page.view.evaluate("app.graph.nodes.some(n => n.type === 'SafeDenoiserKSampler')"):  # the page brings back what was open
         assert page.said() == said
     page.load("tiny_digits")
+    page.view.wait_for_timeout(2000)
     assert page.said() is None or page.tab() == tab, "another tab has had no run"
     page.view.evaluate("""() => app.api.dispatchCustomEvent('safe_denoiser.text', {prompt_id: 'x', text: '<img src=x onerror=window.bad=1>',
         node: String(app.graph.nodes.find(n => n.type === 'SafeDenoiserKSampler').id)})""")
