@@ -289,14 +289,18 @@ def scenarios() -> dict[str, tuple[Callable, dict]]:
                    for name, members in SUPERCLASSES.items() for digit in members}
 
 
+def heard(negated: int) -> dict[str, torch.Tensor]:
+    """The condition that asks for the negated digit."""
+    return {"unwanted": prompt(str(negated))}
+
+
+def compared(negated: int) -> dict[str, torch.Tensor]:
+    """The same beside the empty prompt."""
+    return heard(negated) | {"neutral": prompt(None)}
+
+
 def witnesses() -> dict[str, tuple[Callable, dict]]:
     """The model's own prediction for the negated digit as the unwanted condition, alone and beside banks, with guidance and without."""
-    def heard(negated):
-        return {"unwanted": prompt(str(negated))}
-
-    def compared(negated):
-        return heard(negated) | {"neutral": prompt(None)}
-
     def alone(name, negated):
         return SafeDenoiser(None).safe
 
@@ -321,12 +325,6 @@ def witnesses() -> dict[str, tuple[Callable, dict]]:
 
 def distilled() -> dict[str, tuple[Callable, dict]]:
     """What works without guidance, as distilled models (Flux, Z-Image Turbo, Klein) are sampled: no negative prompt is evaluated."""
-    def heard(negated):
-        return {"unwanted": prompt(str(negated))}
-
-    def compared(negated):
-        return heard(negated) | {"neutral": prompt(None)}
-
     def beside(name, negated):
         return SafeDenoiser(None, reference=reference()).safe
 
@@ -389,9 +387,9 @@ def main():
     parser.add_argument("--json", type=Path, default=HERE / "safety.json", help="where the figures go; the plot goes beside it")
     options = parser.parse_args()
     scale, began = Scale(1, 60) if options.quick else Scale(options.seeds, options.pictures), time.time()
-    rows, compared = controls(scale), methods()
-    controls_and_methods = {*rows, *compared, *witnesses()}
-    wanted = {label: (make, {}) for label, make in compared.items()} | witnesses() | distilled() | ablations() | scenarios()
+    rows, listed = controls(scale), methods()
+    controls_and_methods = {*rows, *listed, *witnesses()}
+    wanted = {label: (make, {}) for label, make in listed.items()} | witnesses() | distilled() | ablations() | scenarios()
     if options.quick:
         wanted = {label: wanted[label] for label in QUICK}
     print(HEADER)
