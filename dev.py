@@ -190,12 +190,13 @@ def install(venv, wanted, python, below):
         raise
 
 
-def run(python, *arguments, **environment):
-    """Exit code of a Python, run in the repository root."""
+def start(python, *arguments, output=None, **environment):
+    """A Python as a process, in the repository root; what it says goes to the file `output`, else to the screen."""
     environment = {**os.environ, "PYTHONUTF8": "1", **environment}
     if not look(python, [])["sound"]:  # newer ComfyUI imports torchaudio; nothing here makes a sound
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STUBS), environment.get("PYTHONPATH")]))
-    return subprocess.run([str(python), *map(str, arguments)], cwd=ROOT, env=environment).returncode
+    return subprocess.Popen([str(python), *map(str, arguments)], cwd=ROOT, env=environment, stdout=output,
+                            stderr=output and subprocess.STDOUT)
 
 
 # --- a real ComfyUI, as a process --------------------------------------------------------------------------------
@@ -327,22 +328,32 @@ def outcome(results):
 
 
 def test(comfyuis, arguments):
-    """ruff, then pytest on each ComfyUI: all tests on the first, on the others those that need one. The first exit code that is not 0."""
-    codes, lines = [], []
-    for i, comfyui in enumerate(comfyuis or [None]):
-        python = environment(comfyui, "test", ROOT / (".venv" if i == 0 else f".venv-{comfyui_version(comfyui)}"))
-        if i == 0:
-            say("ruff check")
-            codes.append(run(python, "-m", "ruff", "check", "--output-format", "concise"))
-            lines += ["ruff check found errors, listed above pytest's output"] if codes[0] else []
-        name = f"ComfyUI {comfyui_version(comfyui)}" if comfyui else "without ComfyUI"
-        say(f"pytest, {name}")
-        with tempfile.TemporaryDirectory() as folder:
-            results = Path(folder) / "tests.xml"
-            again = [] if i == 0 else ["-m", "comfy or browser"]
-            code = run(python, "-m", "pytest", f"--junitxml={results}", *again, *arguments, SAFE_DENOISER_COMFYUI=str(comfyui or ""))
+    """ruff, then pytest on all ComfyUIs at once: all tests on the first, on the others those that need one. The first exit code that is
+    not 0.
+    """
+    pythons = [environment(comfyui, "test", ROOT / (".venv" if i == 0 else f".venv-{comfyui_version(comfyui)}"))
+               for i, comfyui in enumerate(comfyuis or [None])]
+    say("ruff check")
+    codes = [start(pythons[0], "-m", "ruff", "check", "--output-format", "concise").wait()]
+    lines = ["ruff check found errors, listed above pytest's output"] if codes[0] else []
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = []
+        for i, (comfyui, python) in enumerate(zip(comfyuis or [None], pythons)):
+            name = f"ComfyUI {comfyui_version(comfyui)}" if comfyui else "without ComfyUI"
+            say(f"pytest, {name}" + (", at the same time; what it says comes afterwards" if i else ""))
+            results, output = Path(folder) / f"{i}.xml", (Path(folder) / f"{i}.txt").open("w+", encoding="utf-8", errors="replace")
+            again = ["-m", "comfy or browser"] if i else []
+            jobs.append((name, results, output, start(
+                python, "-m", "pytest", f"--junitxml={results}", *again, *arguments, output=output if i else None,
+                SAFE_DENOISER_COMFYUI=str(comfyui or ""),
+                OMP_NUM_THREADS="1")))  # threads of several processes wait for each other: five times as slow, with models as small
+        for i, (name, results, output, process) in enumerate(jobs):
+            code = process.wait()
+            output.seek(0)
+            print(output.read(), end="", flush=True)
+            output.close()
             lines.append(f"{name}: {outcome(results)}")
-        codes.append(0 if code == 5 and i else code)  # 5: none of the tests that were asked for needs a ComfyUI
+            codes.append(0 if code == 5 and i else code)  # 5: none of the tests that were asked for needs a ComfyUI
     for line in lines:
         say(line)
     return next((code for code in codes if code), 0)
@@ -351,7 +362,7 @@ def test(comfyuis, arguments):
 def demo(comfyuis, arguments):
     comfyui = next(iter(comfyuis), None)
     python = environment(comfyui, "demo", ROOT / ".venv")
-    return run(python, "-m", "tiny_digits.demo", *(["--comfyui", comfyui] if comfyui else []), *arguments)
+    return start(python, "-m", "tiny_digits.demo", *(["--comfyui", comfyui] if comfyui else []), *arguments).wait()
 
 
 def main():
