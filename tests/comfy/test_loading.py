@@ -31,7 +31,8 @@ def own(bank):
 def loaded():
     import comfy.model_management
 
-    return [one for one in comfy.model_management.loaded_models() if type(one.model).__name__ == "SafeDenoiserBank"]
+    found = comfy.model_management.loaded_models()  # None for those that nobody holds any more
+    return [one for one in found if one is not None and type(one.model).__name__ == "SafeDenoiserBank"]
 
 
 def test_banks_are_loaded_and_counted_with_the_model(tiny, run, sample, loads):
