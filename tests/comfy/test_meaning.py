@@ -292,8 +292,12 @@ def blocker(value):
 
 def test_check_passes_and_blocks(checks):
     latent = {"samples": torch.rand(40, 16, 4, 4), "noise_mask": torch.rand(1, 1, 32, 32), "batch_index": list(range(40))}
-    passed, blocked, report, checked, again = checks(latent=latent)
+    passed, blocked, report, checked, again, all_passed, each_passed = checks(latent=latent)
     count = int(checked.blocked.sum())
+    assert all_passed is False and each_passed == (~checked.blocked).tolist()
+    for video in (torch.rand(1, 16, 3, 4, 4), torch.rand(1, 16, 40, 4, 4)):
+        with pytest.raises(ValueError, match="latent is that of a video"):
+            checks(latent={"samples": video})
     assert checked.blocked[:20].sum() >= 18 and checked.blocked[20:].sum() <= 2
     assert len(passed) == 40 - count and len(blocked) == count and report.splitlines()[0] == f"{40 - count} passed, {count} refused"
     first = int(checked.blocked.nonzero()[0])
@@ -307,9 +311,10 @@ def test_check_passes_and_blocks(checks):
 
 def test_no_empty_batches(checks):
     latent = {"samples": torch.rand(40, 16, 4, 4)}
-    passed, blocked, _, checked, again = checks(threshold=1.0, retain_set=None, latent=latent)
+    passed, blocked, _, checked, again, all_passed, each_passed = checks(threshold=1.0, retain_set=None, latent=latent)
+    assert all_passed is True and each_passed == [True] * 40
     assert len(passed) == 40 and blocker(blocked) and blocker(again) and not checked.blocked.any()
-    passed, blocked, _, checked, again = checks(threshold=-1.0, retain_set=None, latent=latent)
+    passed, blocked, _, checked, again, *_ = checks(threshold=-1.0, retain_set=None, latent=latent)
     assert blocker(passed) and len(blocked) == len(again["samples"]) == 40
     assert blocker(checks()[4]), "no latent, nothing to sample again"
 
@@ -320,10 +325,12 @@ def test_fill_asks_for_more_only_where_something_is_blocked(pack, run, checks):
     assert node.check_lazy_status(checked=none) == [] and node.check_lazy_status(checked=some) == ["again"]
     assert node.check_lazy_status(checked=some, again=none) == []
     assert next(one for one in node.GET_SCHEMA().inputs if one.id == "again").lazy
-    images, passed, blocked, report, _ = run("FillBlockedImages", checked=none).result
+    images, passed, blocked, report, _, all_passed, each_passed = run("FillBlockedImages", checked=none).result
+    assert all_passed is True and each_passed == [True] * 40
     assert torch.equal(images, none.pictures) and torch.equal(passed, images) and blocker(blocked)
     ones = checks(images=none.pictures[19:19 + int(some.blocked.sum())])[3]
-    images, passed, blocked, report, filled = run("FillBlockedImages", checked=some, again=ones).result
+    images, passed, blocked, report, filled, _, each_passed = run("FillBlockedImages", checked=some, again=ones).result
+    assert each_passed == (~filled.blocked).tolist()
     assert len(images) == 40 and report.startswith(f"{40 - int(filled.blocked.sum())} passed, {int(ones.blocked.sum())} refused\n")
     assert f"image {int(some.blocked.nonzero()[0])}: blocked, " in report and "; again: passed, " in report
 
