@@ -36,8 +36,10 @@ def say(line):
     print(f"[dev] {line}", flush=True)
 
 
-def told(doing, command, **options):
-    """Run a command to its end; every few seconds a line says what it does, and its last lines come out where it fails."""
+def told(doing, command, limit=float("inf"), **options):
+    """Run a command to its end, or for `limit` seconds; every few seconds a line says what it does, and its last lines come out where it
+    fails.
+    """
     say(doing)
     began, spoke, last = time.monotonic(), time.monotonic(), deque(maxlen=30)
     process = subprocess.Popen([*map(str, command)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -45,7 +47,7 @@ def told(doing, command, **options):
     reader = threading.Thread(target=lambda: last.extend(process.stdout), daemon=True)
     reader.start()
     try:
-        while process.poll() is None:
+        while process.poll() is None and time.monotonic() - began < limit:
             if time.monotonic() - spoke > HEARTBEAT:
                 spoke = time.monotonic()
                 say(f"  {spoke - began:.0f} s: {last[-1].strip()[:110] if last else doing}")
@@ -98,9 +100,14 @@ def clone_comfyui():
                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         return None
-    told(f"cloning ComfyUI {COMFYUI_TAG} into .comfyui",
-         ["git", "clone", "--progress", "--depth", "1", "--branch", COMFYUI_TAG, COMFYUI_SOURCE, part], env=quiet)
-    return part.rename(ROOT / ".comfyui")
+    try:
+        told(f"cloning ComfyUI {COMFYUI_TAG} into .comfyui",
+             ["git", "clone", "--progress", "--depth", "1", "--branch", COMFYUI_TAG, COMFYUI_SOURCE, part], limit=300, env=quiet)
+        return part.rename(ROOT / ".comfyui")
+    except SystemExit as error:
+        return say(error)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 # --- the environment ---------------------------------------------------------------------------------------------
@@ -113,7 +120,7 @@ def requirements(comfyui, command):
         wanted += ast.literal_eval(re.search(rf"^{key} = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)[1])
     if comfyui:
         lines = (comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines()
-        wanted += [line.strip() for line in lines if re.match(r"\s*[a-zA-Z]", line) and not line.startswith("torchaudio")]
+        wanted += [line.strip() for line in lines if re.match(r"\s*[a-zA-Z]", line) and "torchaudio" not in line]
         wanted.append("requests")  # ComfyUI imports it, and used to get it through another package
     return wanted
 
@@ -175,8 +182,9 @@ def install(venv, wanted, python, below):
             creator = python if python and not subprocess.run([python, "-c", "import venv, ensurepip"], capture_output=True).returncode \
                 else sys.executable  # a portable ComfyUI's Python makes no environments
             told(f"making {venv.name}" + (f" on top of {python}, which has torch" if python else ""), [creator, "-m", "venv", venv])
-            if below and below["version"] == look(venv / BIN, [])["version"]:
-                folder = Path(next(path for path in look(venv / BIN, [])["paths"] if path.startswith(str(venv))))
+            made = look(venv / BIN, [])
+            if below and below["version"] == made["version"]:
+                folder = Path(next(path for path in made["paths"] if path.startswith(str(venv))))
                 (folder / "below.pth").write_text("\n".join(below["paths"]))
         done.unlink(missing_ok=True)
         missing = look(venv / BIN, wanted)["missing"]

@@ -299,21 +299,28 @@ def compared(negated: int) -> dict[str, torch.Tensor]:
     return heard(negated) | {"neutral": prompt(None)}
 
 
+def witness_alone(name: str, negated: int) -> Callable:
+    """`safe` by the unwanted condition, without banks."""
+    return SafeDenoiser(None).safe
+
+
+def witness_beside(name: str, negated: int) -> Callable:
+    """The same with a reference bank."""
+    return SafeDenoiser(None, reference=reference()).safe
+
+
 def witnesses() -> dict[str, tuple[Callable, dict]]:
     """The model's own prediction for the negated digit as the unwanted condition, alone and beside banks, with guidance and without."""
-    def alone(name, negated):
-        return SafeDenoiser(None).safe
-
     def negative_prompt(name, negated):
         """Control: the same direction with a constant weight, as a second negative prompt has it."""
         def safe(x, denoised, sigma, alpha, unconditional, conditional, unwanted):
             return denoised + conditional - unwanted, None
         return safe
 
-    both, beside = denoiser(reference=reference()), lambda name, negated: SafeDenoiser(None, reference=reference()).safe
+    both = denoiser(reference=reference())
     return {
-        "unwanted condition alone": (alone, {"conditions": heard}),
-        "unwanted, reference bank": (beside, {"conditions": heard}),
+        "unwanted condition alone": (witness_alone, {"conditions": heard}),
+        "unwanted, reference bank": (witness_beside, {"conditions": heard}),
         "unwanted, negation and reference bank": (both, {"conditions": heard}),
         "unwanted, negation and retain bank": (with_retain(), {"conditions": heard}),
         "unwanted, both banks, cfg 5": (both, {"conditions": heard, "cfg": 5.0}),
@@ -325,13 +332,10 @@ def witnesses() -> dict[str, tuple[Callable, dict]]:
 
 def distilled() -> dict[str, tuple[Callable, dict]]:
     """What works without guidance, as distilled models (Flux, Z-Image Turbo, Klein) are sampled: no negative prompt is evaluated."""
-    def beside(name, negated):
-        return SafeDenoiser(None, reference=reference()).safe
-
     rows = {"off": (lambda name, negated: None, {}), "negation bank alone": (denoiser(), {}), "retain bank": (with_retain(), {}),
-            "reference bank": (denoiser(reference=reference()), {}), "unwanted and reference bank": (beside, {"conditions": heard}),
-            "unwanted and neutral": (lambda name, negated: SafeDenoiser(None).safe, {"conditions": compared}),
-            "unwanted, neutral and reference bank": (beside, {"conditions": compared})}
+            "reference bank": (denoiser(reference=reference()), {}), "unwanted and reference bank": (witness_beside, {"conditions": heard}),
+            "unwanted and neutral": (witness_alone, {"conditions": compared}),
+            "unwanted, neutral and reference bank": (witness_beside, {"conditions": compared})}
     return {f"at cfg 1: {label}": (make, {**settings, "cfg": 1.0}) for label, (make, settings) in rows.items()}
 
 

@@ -40,9 +40,14 @@ def require_pictures(samples, latent_format=None) -> None:
                          f"(5-D) latents, so sample this model without it")
 
 
+def parts_of(samples) -> list:
+    """Latents of a picture, and of the sound beside it where newer ComfyUI holds both."""
+    return samples.unbind() if samples.is_nested else [samples]
+
+
 def picture_stream(samples):
-    """The latents of the picture: the first of ComfyUI's latents of picture and sound."""
-    return samples.unbind()[0] if samples.is_nested else samples
+    """The latents of the picture alone."""
+    return parts_of(samples)[0]
 
 
 def resizing(latent: dict) -> dict[str, int]:

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..safe_denoiser import Bank, load_bank, save_bank
 from ..safe_denoiser.bank import trim
 from . import folders
-from .bank import picture_stream, require_pictures, resizing
+from .bank import parts_of, picture_stream, require_pictures, resizing
 from .fingerprint import fingerprint, fingerprint_weights
 from .types import CATEGORY, NegationBankType, found_by
 
@@ -53,7 +53,7 @@ def streams(model, latent) -> list[tuple[int, ...]]:
     """
     require_pictures(picture_stream(latent["samples"]), model.get_model_object("latent_format"))
     fixed = comfy.sample.fix_empty_latent_channels(model, latent["samples"] * 0, **resizing(latent))
-    return [tuple(part.shape[1:]) for part in (fixed.unbind() if fixed.is_nested else [fixed])]
+    return [tuple(part.shape[1:]) for part in parts_of(fixed)]
 
 
 class SampleReferenceBank(io.ComfyNode):

@@ -12,6 +12,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 
 from ..safe_denoiser import Report
+from .bank import parts_of
 from .fingerprint import fingerprint
 
 LATEST = 64  # runs that are remembered; each takes a few numbers per model call
@@ -27,8 +28,7 @@ def source() -> str:
 def _key(report: Report, samples) -> tuple[str, str]:
     """Of latents as the sampler makes them or as it hands them over: packed or in streams, in its own dtype or in ComfyUI's."""
     dtype = getattr(comfy.model_management, "intermediate_dtype", lambda: torch.float32)()
-    streams = samples.unbind() if samples.is_nested else [samples]
-    return report.source, fingerprint(*torch.cat([stream.flatten(1).to(dtype) for stream in streams], 1))
+    return report.source, fingerprint(*torch.cat([part.flatten(1).to(dtype) for part in parts_of(samples)], 1))
 
 
 def remember(report: Report, samples) -> None:

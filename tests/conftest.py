@@ -11,6 +11,14 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 NO_BROWSER = "no ComfyUI" if not COMFYUI else "no chromium" if not CHROMIUM else \
     "no playwright" if not importlib.util.find_spec("playwright") else ""
 
+# Of the example workflows:
+NOT_HERE = {  # the user's own files: choices that no list on this machine can hold
+    "v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors", "sd3.5_large_fp8_scaled.safetensors",
+    "flux1-dev-fp8.safetensors", "flux1-redux-dev.safetensors", "sigclip_vision_patch14_384.safetensors", "sd21-unclip-h.ckpt",
+    "unwanted.png", "my_negation_set", "z_image_turbo_bf16.safetensors", "qwen_3_4b.safetensors", "ae.safetensors",
+}
+NEEDS = {"check_and_branch": "ComfySwitchNode"}  # nodes of theirs that not every ComfyUI has
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")

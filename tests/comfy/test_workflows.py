@@ -10,18 +10,13 @@ import torch
 from PIL import Image
 
 from dev import ROOT, Server
+from tests.conftest import NEEDS, NOT_HERE
 from tiny_digits.world import TinyDigits
 
 FOLDER = ROOT / "example_workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 PAGE_ONLY = {"MarkdownNote", "Note", "PrimitiveNode", "Reroute"}  # the page draws these, the server never sees them
-NOT_HERE = {  # the user's own files: choices that no list on this machine can hold
-    "v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors", "sd3.5_large_fp8_scaled.safetensors",
-    "flux1-dev-fp8.safetensors", "flux1-redux-dev.safetensors", "sigclip_vision_patch14_384.safetensors", "sd21-unclip-h.ckpt",
-    "unwanted.png", "my_negation_set", "z_image_turbo_bf16.safetensors", "qwen_3_4b.safetensors", "ae.safetensors",
-}
 ANY = {"*", "COMFY_MATCHTYPE_V3"}  # types that take the other end's
-NEEDS = {"check_and_branch": "ComfySwitchNode"}  # nodes that not every ComfyUI has
 CONTROL = ("control_after_generate", "COMBO", {"options": ["fixed", "increment", "decrement", "randomize"]})
 
 
@@ -246,7 +241,8 @@ def test_the_server_misses_nothing_but_the_users_own_files(name, server, object_
                for node in answer["node_errors"].values() for error in node["errors"]}
     theirs = {(node["type"], key) for node in workflow["nodes"] if node["type"] not in PAGE_ONLY
               for (key, _, _), value in zip(widgets(object_info[node["type"]]), node["widgets_values"]) if value in NOT_HERE}
-    assert missing == theirs and theirs
+    loads_a_set = any(node["type"] == "SafeDenoiserLoadNegationSet" for node in workflow["nodes"])
+    assert missing == theirs and theirs and (("SafeDenoiserLoadNegationSet", "folder") in theirs) == loads_a_set
 
 
 @pytest.fixture(scope="module")

@@ -48,9 +48,9 @@ def test_a_comfyui_and_the_one_beside_it_are_found(home, monkeypatch):
 
 def test_what_is_asked_for(home, monkeypatch):
     monkeypatch.setattr(dev, "ROOT", Path(dev.__file__).parent)
-    place = comfyui(home / "ComfyUI", requirements="torchaudio\n# a remark\naiohttp>=3.11\n  einops\n")
+    place = comfyui(home / "ComfyUI", requirements="torchaudio\n  torchaudio>=2\n# a remark\naiohttp>=3.11\n  einops\n")
     assert {"aiohttp>=3.11", "einops", "requests", "torch"} <= set(dev.requirements(place, "demo"))
-    assert "torchaudio" not in dev.requirements(place, "test")
+    assert not any("torchaudio" in line for line in dev.requirements(place, "test"))
     assert {"pytest", "open-clip-torch"} <= set(dev.requirements(None, "test")) - set(dev.requirements(None, "demo"))
 
 
@@ -108,6 +108,31 @@ def test_what_takes_long_is_told_and_what_fails_shows_its_last_lines(monkeypatch
     assert lines[0] == "[dev] waiting" and any(line.endswith("at work") for line in lines[1:])
     with pytest.raises(SystemExit, match="(?s)what went wrong.*could not go on waiting"):
         dev.told("waiting", [sys.executable, "-c", "print('what went wrong'); raise SystemExit(3)"])
+
+
+@pytest.mark.parametrize("git", ["fails", "takes for ever", "is interrupted", "works"])
+def test_a_clone_is_there_whole_or_not_at_all(git, tmp_path, monkeypatch, capsys):
+    """And where there is none, the commands go on without ComfyUI."""
+    monkeypatch.setattr(dev, "ROOT", tmp_path)
+    monkeypatch.setattr(dev.subprocess, "run", lambda *_, **__: None)  # the tag is there
+    told = dev.told
+
+    def clone(doing, command, limit, **options):
+        comfyui(Path(command[-1]))
+        if git == "is interrupted":
+            raise KeyboardInterrupt
+        script = {"fails": "raise SystemExit('no network')", "takes for ever": "import time; time.sleep(60)", "works": ""}[git]
+        assert limit == 300
+        told(doing, [sys.executable, "-c", script], limit=1 if git == "takes for ever" else limit)
+
+    monkeypatch.setattr(dev, "told", clone)
+    if git == "is interrupted":
+        with pytest.raises(KeyboardInterrupt):
+            dev.clone_comfyui()
+    else:
+        assert dev.clone_comfyui() == (tmp_path / ".comfyui" if git == "works" else None)
+        assert ("could not go on cloning" in capsys.readouterr().out) == (git != "works")
+    assert [path.name for path in tmp_path.iterdir()] == ([".comfyui"] if git == "works" else [])
 
 
 def test_the_counts_of_a_test_run(tmp_path):
