@@ -26,13 +26,14 @@ def write(outcomes: dict[str, str]) -> None:
     version = comfyui_version(Path(os.environ["SAFE_DENOISER_COMFYUI"]))
     versions, before = read()
     versions = sorted({*versions, version}, key=lambda one: [*map(int, re.findall(r"\d+", one))])
-    lines = [["family", "predicts", "latent", *(f"v{one}" for one in versions), "what to know"], ["---"] * (len(versions) + 4)]
+    head = ["family", "class", "predicts", "latent", *(f"v{one}" for one in versions), "what to know"]
+    lines = [head, ["---"] * len(head)]
     for name, family in (FAMILIES | REFUSED).items():
         outcome, old = outcomes.get(f"family: {name}", "—"), before.get(name, {})
         kind = re.search(r"\((\w+), (\w+), ", outcome)
         told = {**{f"v{one}": old.get(f"v{one}", "—") for one in versions}, f"v{version}": re.split(r"[ :]", outcome)[0]}
         why = re.search("audio or a 3-D shape|maps one picture to another", outcome)
-        lines.append([name, kind[2] if kind else old.get("predicts", "—"), " × ".join(map(str, family.latent)),
+        lines.append([name, family.config, kind[2] if kind else old.get("predicts", "—"), " × ".join(map(str, family.latent)),
                       *(told[f"v{one}"] for one in versions), family.note or (why[0] if why else old.get("what to know", ""))])
     text = PAGE.read_text(encoding="utf-8")
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)

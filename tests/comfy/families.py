@@ -28,6 +28,8 @@ COSMOS = dict(max_img_h=64, max_img_w=64, max_frames=16, in_channels=16, out_cha
 WAN = dict(image_model="wan2.1", model_type="t2v", dim=48, ffn_dim=48, num_heads=2, num_layers=1, freq_dim=16, text_dim=16, text_len=8)
 HUNYUAN = FLUX | dict(image_model="hunyuan_video", patch_size=[1, 2, 2], byt5=False, meanflow=False, use_cond_type_embedding=False,
                       vision_in_dim=None, meanflow_sum=False)
+QWEN = dict(image_model="qwen_image", num_layers=1, attention_head_dim=12, num_attention_heads=2, joint_attention_dim=16,
+            pooled_projection_dim=16, axes_dims_rope=(4, 4, 4))
 PARAMETERS = {"flux": "flux.model.FluxParams", "flux2": "flux.model.FluxParams", "chroma": "chroma.model.ChromaParams",
               "chroma_radiance": "chroma_radiance.model.ChromaRadianceParams", "hunyuan_video": "hunyuan_video.model.HunyuanVideoParams",
               "qwen_image": "qwen_image.model.QwenImageTransformer2DModel"}
@@ -47,6 +49,7 @@ class Family:
         width: of the context.
         note: what a user should know.
         sound: shape of what is sampled beside the picture.
+        batch: of latents, where they are the frames of one video.
         needs: a word of ComfyUI's model detection, which tells whether this release has it where the configuration does not.
     """
 
@@ -59,12 +62,15 @@ class Family:
     width: int = 16
     note: str = ""
     sound: tuple = ()
+    batch: int = 1
     needs: str = ""
 
 
 POOLED, POOLED_XL = {"pooled_output": torch.ones(1, 16)}, {"pooled_output": torch.ones(1, 1280)}
+MASKED = {"attention_mask": torch.ones(1, 4, dtype=torch.long)}
 ONE, VIDEO = torch.tensor(1.0), (16, 3, 8, 8)
 FRAMES = "a bank of pictures applies to every frame"
+CFG_1 = "runs at cfg 1, without a negative prompt: connect a reference bank, or unwanted and neutral"
 FAMILIES = {
     "SD 1.5": Family("SD15", UNET | dict(use_linear_in_transformer=False), "eps", (4, 8, 8)),
     "SD 1.5 inpainting model": Family("SD15", UNET | dict(in_channels=9), "eps", (4, 8, 8)),
@@ -88,49 +94,44 @@ FAMILIES = {
     "SD 3.5 medium": Family("SD3", MMDIT | dict(x_block_self_attn_layers=[0]), "flow", prompt=POOLED),
     "AuraFlow": Family("AuraFlow", dict(dim=32, n_layers=2, n_double_layers=1, n_heads=2, global_conddim=32, cond_seq_dim=16,
                                         max_seq=64), "flow", (4, 8, 8)),
-    "Flux": Family("Flux", FLUX, "flow", prompt=POOLED,
-                     note="runs at cfg 1, without a negative prompt: connect a reference bank, or unwanted and neutral"),
-    "Flux schnell": Family("FluxSchnell", FLUX | dict(guidance_embed=False), "flow", prompt=POOLED),
+    "Flux": Family("Flux", FLUX, "flow", prompt=POOLED, note=CFG_1),
+    "Flux schnell": Family("FluxSchnell", FLUX | dict(guidance_embed=False), "flow", prompt=POOLED, note=CFG_1),
     "Chroma": Family("Chroma", CHROMA, "flow", prompt={"pooled_output": None}),
     "Lumina 2": Family("Lumina2", dict(patch_size=2, in_channels=16, dim=24, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=1,
                                        multiple_of=8, qk_norm=True, cap_feat_dim=16, axes_dims=[4, 4, 4], axes_lens=[30, 30, 30]),
-                       "flow", prompt={"attention_mask": torch.ones(1, 4, dtype=torch.long)}),
+                       "flow", prompt=MASKED),
     "OmniGen 2": Family("Omnigen2", dict(hidden_size=24, num_layers=1, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1,
                                          multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(30, 30, 30), text_feat_dim=16), "flow",
-                        prompt={"attention_mask": torch.ones(1, 4, dtype=torch.long)}),
+                        prompt=MASKED),
     "HiDream": Family("HiDream", dict(patch_size=2, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=12,
                                       num_attention_heads=2, caption_channels=[16, 16], text_emb_dim=16, axes_dims_rope=(4, 4, 4),
                                       max_resolution=(16, 16), llama_layers=[0, 1]), "flow",
                       prompt=POOLED | {"conditioning_llama3": torch.ones(1, 2, 4, 16)}),
-    "Qwen-Image": Family("QwenImage", dict(num_layers=1, attention_head_dim=12, num_attention_heads=2, joint_attention_dim=16,
-                                           pooled_projection_dim=16, axes_dims_rope=(4, 4, 4)), "flow", (16, 1, 8, 8),
-                     note="pictures of one frame; a bank without the frame axis is given one"),
+    "Qwen-Image": Family("QwenImage", QWEN, "flow", (16, 1, 8, 8),
+                         note="pictures of one frame; a bank without the frame axis is given one"),
     "HunyuanImage 2.1": Family("HunyuanImage21", HUNYUAN | dict(in_channels=64, out_channels=64, patch_size=[1, 1], axes_dim=[6, 6],
                                                                 vec_in_dim=None, guidance_embed=False), "flow", (64, 8, 8)),
     "Cosmos (EDM)": Family("CosmosT2V", COSMOS | dict(image_model="cosmos", patch_spatial=2, affline_emb_norm=True,
                                                       extra_per_block_abs_pos_emb=True, block_x_format="THWBD",
-                                                      extra_per_block_abs_pos_emb_type="learnable"), "edm", VIDEO),
+                                                      extra_per_block_abs_pos_emb_type="learnable"), "edm", VIDEO, note=FRAMES),
     "Cosmos Predict 2 (rectified flow)": Family("CosmosT2IPredict2", COSMOS | dict(patch_spatial=2), "cosmos", (16, 1, 8, 8)),
     "Wan 2.1": Family("WAN21_T2V", WAN, "flow", VIDEO,
-                     note=FRAMES + "; the first is one picture, the others hold several: there a still picture only comes near"),
-    "Wan 2.2 5B": Family("WAN22_T2V", WAN | dict(in_dim=48, out_dim=48), "flow", (48, 3, 8, 8)),
-    "Hunyuan video": Family("HunyuanVideo", HUNYUAN, "flow", VIDEO, prompt=POOLED),
+                      note=FRAMES + "; the first is one picture, the others hold several: there a still picture only comes near"),
+    "Wan 2.2 5B": Family("WAN22_T2V", WAN | dict(in_dim=48, out_dim=48), "flow", (48, 3, 8, 8), note=FRAMES),
+    "Hunyuan video": Family("HunyuanVideo", HUNYUAN, "flow", VIDEO, prompt=POOLED, note=FRAMES),
     "Mochi": Family("GenmoMochi", dict(in_channels=12, hidden_size_x=48, hidden_size_y=24, depth=1, num_heads=2, mlp_ratio_x=256,
                                        mlp_ratio_y=2.0, use_t5=True, t5_feat_dim=16, t5_token_length=4, learn_sigma=False,
                                        patch_embed_bias=True, timestep_mlp_bias=True, timestep_scale=1000.0, attend_to_padding=False,
                                        qkv_bias=False, qk_norm=True), "flow", (12, 3, 8, 8),
-                    prompt={"attention_mask": torch.ones(1, 4, dtype=torch.long)}),
+                    prompt=MASKED, note=FRAMES),
     "LTX video": Family("LTXV", dict(attention_head_dim=12, num_attention_heads=2, caption_channels=16, cross_attention_dim=24,
-                                     num_layers=1), "flow", (128, 3, 8, 8), prompt={"attention_mask": torch.ones(1, 4, dtype=torch.long)}),
+                                     num_layers=1), "flow", (128, 3, 8, 8), prompt=MASKED, note=FRAMES),
 }
 
 LUMINA = dict(patch_size=2, in_channels=16, dim=256, n_layers=1, n_refiner_layers=1, n_heads=8, n_kv_heads=8, multiple_of=8, qk_norm=True,
               cap_feat_dim=16, axes_dims=[8, 12, 12], axes_lens=[30, 30, 30])
 Z_IMAGE = LUMINA | dict(image_model="lumina2", rope_theta=256.0, ffn_dim_multiplier=8 / 3, z_image_modulation=True,
                         time_scale=1000.0, pad_tokens_multiple=32)
-QWEN = dict(image_model="qwen_image", num_layers=1, attention_head_dim=12, num_attention_heads=2, joint_attention_dim=16,
-pooled_projection_dim=16,
-            axes_dims_rope=(4, 4, 4))
 KANDINSKY = dict(in_text_dim=16, in_text_dim2=16, time_dim=16, model_dim=24, ff_dim=24, num_text_blocks=1, num_visual_blocks=1,
                  axes_dims=(4, 4, 4))
 HUNYUAN_15 = HUNYUAN | dict(out_channels=32, patch_size=[1, 1, 1], vec_in_dim=None, guidance_embed=False, use_cond_type_embedding=True,
@@ -146,7 +147,7 @@ HYDIT = dict(input_size=8, hidden_size=48, depth=2, num_heads=2, text_states_dim
 LTX_AV = dict(attention_head_dim=12, num_attention_heads=2, audio_attention_head_dim=12, audio_num_attention_heads=2, caption_channels=24,
               cross_attention_dim=24, audio_cross_attention_dim=24, num_layers=1, connector_attention_head_dim=12,
               connector_num_attention_heads=2, connector_num_layers=1)
-MASKED, ALL = {"attention_mask": torch.ones(1, 4, dtype=torch.long)}, torch.ones(1, 4)
+ALL = torch.ones(1, 4)
 CONTROLLED = "what it is given beside the prompt (a first frame, a pose, a voice) is ComfyUI's to hand over"
 FAMILIES |= {
     "SDXL refiner": Family("SDXLRefiner", UNET | dict(adm_in_channels=2560, num_classes="sequential"), "eps", (4, 8, 8), prompt=POOLED_XL),
@@ -189,8 +190,8 @@ FAMILIES |= {
                                      deepstack_visual_indexes=())), "flow", (3, 64, 64),
         prompt={"text_input_ids": torch.tensor([[1, 2, 3, 4]])}, note="samples pixels, with noise 8 times as strong as other flow models"),
     "Ideogram 4": Family("Ideogram4", dict(in_channels=128, num_layers=1, num_attention_heads=2, attention_head_dim=12,
-                         intermediate_size=24,
-                                           adaln_dim=16, llm_features_dim=16, mrope_section=(2, 2, 2)), "flow", (128, 4, 4),
+                                           intermediate_size=24, adaln_dim=16, llm_features_dim=16, mrope_section=(2, 2, 2)),
+                         "flow", (128, 4, 4),
                          note="DualModelGuider's other model gives the unconditional prediction"),
     "Krea 2": Family("Krea2", dict(features=64, tdim=16, txtdim=16, heads=2, kvheads=1, multiplier=2, layers=1, patch=2, channels=16,
                                    txtlayers=1, txtheads=2, txtkvheads=2), "flow", (16, 1, 8, 8), note="Turbo runs at cfg 1, as Flux does"),
@@ -236,13 +237,17 @@ FAMILIES |= {
         sound=(32, 2, 15), note="the pictures are corrected, the sound is left alone"),
     "CogVideoX": Family("CogVideoX_T2V", COG, "v of variance 1", VIDEO,
                         note=FRAMES + "; only VOIDSampler samples it as it was trained, KSampler does not"),
+    "CogVideoX 5B and 1.5": Family("CogVideoX_T2V", COG | dict(num_attention_heads=48, attention_head_dim=16, patch_size_t=2),
+                                   "v of variance 1", (16, 4, 8, 8), note=FRAMES + "; its latents have another scale than the 2B model's"),
     "CogVideoX, from a picture": Family("CogVideoX_I2V", COG | dict(in_channels=32), "v of variance 1", VIDEO, note=FRAMES),
     "CogVideoX, inpainting": Family("CogVideoX_Inpaint", COG | dict(in_channels=48), "v of variance 1", VIDEO, note=FRAMES),
     "SeedVR2": Family("SeedVR2", dict(norm_eps=1e-5, num_layers=2, mlp_type="swiglu", vid_dim=24, txt_in_dim=16, heads=2, head_dim=12,
                                       mm_layers=1, expand_ratio=2, rope_dim=12, rope_type="mmrope3d"), "flow", VIDEO,
                       prompt={"condition": torch.ones(1, 17, 3, 8, 8)}, note="restores what is there already"),
-    "SVD": Family("SVD_img2vid", VIDEO_UNET | dict(adm_in_channels=768), "v", (4, 8, 8), note="its frames are the batch"),
-    "SV3D": Family("SV3D_u", VIDEO_UNET | dict(adm_in_channels=256), "v", (4, 8, 8), note="its views are the batch"),
+    "SVD": Family("SVD_img2vid", VIDEO_UNET | dict(adm_in_channels=768), "v", (4, 8, 8), batch=3,
+                  note="its frames are the batch: a bank of pictures applies to each"),
+    "SV3D": Family("SV3D_u", VIDEO_UNET | dict(adm_in_channels=256), "v", (4, 8, 8), batch=3,
+                   note="its views are the batch: a bank of pictures applies to each"),
     "Wan, from a picture": Family("WAN21_I2V", WAN | dict(model_type="i2v", in_dim=36), "flow", VIDEO, note=FRAMES),
     "Wan Fun Control": Family("WAN21_FunControl2V", WAN | dict(in_dim=48), "flow", VIDEO, note=CONTROLLED),
     "Wan VACE": Family("WAN21_Vace", WAN | dict(model_type="vace", vace_layers=1, vace_in_dim=96), "flow", VIDEO, note=CONTROLLED),
@@ -262,6 +267,8 @@ FAMILIES |= {
 }
 SECONDS = {f"conditioner.conditioners.{end}.embedder.embedding.{key}": torch.zeros(shape) for end in ("seconds_start", "seconds_total")
            for key, shape in (("0.weights", 128), ("1.weight", (768, 257)), ("1.bias", 768))}
+HUNYUAN_3D = dict(hidden_size=24, num_heads=2, depth=1, depth_single_blocks=1, context_in_dim=16)
+NO_NETWORK = dict(disable_unet_model_creation=True)  # of gigabytes whatever its configuration says; what is refused does not ask it
 REFUSED = {
     "Lotus (IMG_TO_IMG)": Family("LotusD", UNET | dict(adm_in_channels=4), "x0", (4, 8, 8)),
     "Stable Audio": Family("StableAudio", dict(embed_dim=768, depth=1, num_heads=12), "v", (64, 32), SECONDS, width=768),
@@ -277,8 +284,13 @@ REFUSED = {
         num_kv_heads=1, head_dim=12, intermediate_size=24, encoder_hidden_size=24, encoder_intermediate_size=24, encoder_num_heads=2,
         fsq_dim=24), "flow", (64, 32), prompt={"conditioning_lyrics": torch.ones(1, 4, 16)}),
     "Hunyuan 3D 2.1": Family("Hunyuan3Dv2_1", dict(in_channels=64, context_dim=16, hidden_size=24, num_heads=2, depth=1), "flow", (64, 32)),
-    "Hunyuan 3D": Family("Hunyuan3Dv2", dict(hidden_size=24, num_heads=2, depth=1, depth_single_blocks=1, context_in_dim=16), "flow",
-                         (64, 32)),
+    "Trellis 2": Family("Trellis2", dict(resolution=16, model_channels=64, cond_channels=16, num_blocks=1, num_heads=2, mlp_ratio=1.0),
+                        "flow", (32, 16, 16, 16), prompt={"embeds": torch.ones(1, 4, 16)}),
+    "TripoSplat": Family("TripoSplat", dict(q_token_length=8, model_channels=32, cond_channels=16, num_blocks=1, num_refiner_blocks=1,
+                                            num_heads=2, num_head_channels=16, mlp_ratio=1), "flow", (8, 16), sound=(1, 5)),
+    "Hunyuan 3D": Family("Hunyuan3Dv2", HUNYUAN_3D, "flow", (64, 32)),
+    "Hunyuan 3D mini": Family("Hunyuan3Dv2mini", HUNYUAN_3D, "flow", (64, 32)),
+    "MiniMax Music 3": Family("MiniMaxMusic3", NO_NETWORK, "flow", (128, 32)),
 }
 
 
@@ -291,10 +303,11 @@ def known(unet: dict) -> dict:
     return {key: value for key, value in unet.items() if key in names}
 
 
+# Differ from a row in the sizes of the network only: what is sampled, and in which format, is that of the class named.
 SAME_AS = {"SD21UnclipL": "SD20", "SD21UnclipH": "SD20", "SSD1B": "SDXL", "KOALA_700M": "SDXL", "KOALA_1B": "SDXL",
-           "Segmind_Vega": "SDXL", "SV3D_p": "SV3D_u", "HunyuanDiT1": "HunyuanDiT", "Hunyuan3Dv2mini": "Hunyuan3Dv2"}
-FINDERS = {"RT_DETR_v4", "SAM3", "SAM31", "DepthAnything3"}  # tell what a picture shows, and sample nothing
-BY_FORMAT = {"Trellis2": (1, 32, 8, 8, 8), "TripoSplat": (1, 16, 16), "MiniMaxMusic3": (1, 128, 32)}  # refused by the format of latents
+           "Segmind_Vega": "SDXL", "SV3D_p": "SV3D_u", "HunyuanDiT1": "HunyuanDiT"}
+FINDS = "tells what a picture shows: a node of its own calls the network, which predicts nothing that a sampler could use"
+NOT_SAMPLED = {"RT_DETR_v4": FINDS, "SAM3": FINDS, "SAM31": FINDS, "DepthAnything3": FINDS}
 
 
 def here(families: dict[str, Family]) -> dict[str, Family]:
@@ -316,6 +329,8 @@ def build(family: Family):
     config.unet_config |= known(family.unet)  # some have sizes of their own
     with torch.no_grad():
         model = config.get_model(dict(family.marks), device=torch.device("cpu"))
+    if family.unet == NO_NETWORK:
+        model.diffusion_model = torch.nn.Identity()
     generator = torch.Generator().manual_seed(0)
     for weight in model.diffusion_model.state_dict().values():
         if weight.is_floating_point():
