@@ -8,14 +8,31 @@ const LINE = 15; // pixels
 // --- Texts on nodes. The page's own text on a running node goes when the run ends (front ends from 1.55), or is saved into the workflow as
 // if it were a widget's value (those before); this one stays through tabs and reloads, and out of the workflow.
 
-const texts = JSON.parse(sessionStorage.getItem(STORE) ?? "{}"); // by workflow, then by the id with which a node runs
-const workflows = {}; // the workflow that a prompt came from, by the prompt's id: its tab need not be the one that is shown
+// By the path of the workflow: the id of its graph, since an unsaved workflow's path is given out again, and the texts by the id with which
+// a node runs. The id alone would not do: every tab with the same template has the same.
+const texts = JSON.parse(sessionStorage.getItem(STORE) ?? "{}");
+const prompts = {}; // where a prompt came from: its tab need not be the one that is shown when it runs
+let here = "", open = []; // the path of the graph that is shown, and of all tabs, when we last looked
 
 const shown = () => app.extensionManager?.workflow?.activeWorkflow?.path ?? "";
+const tabs = () => (app.extensionManager?.workflow?.openWorkflows ?? []).map((one) => one.path);
+const rootGraph = () => app.rootGraph ?? app.graph;
+const keep = () => sessionStorage.setItem(STORE, JSON.stringify(texts));
+
+// The texts of a workflow that was saved under another name go with it.
+function follow() {
+  const now = shown();
+  if (here !== now && !tabs().includes(here)) {
+    for (const one of Object.values(prompts)) if (one.path === here) one.path = now;
+    if (texts[here]) [texts[now], texts[here]] = [texts[here], undefined];
+    here = now;
+    keep();
+  }
+}
 
 // A node that runs, and the subgraphs around it: "12:5" is node 5 in the subgraph of node 12.
 function* nodesOf(id) {
-  let graph = app.rootGraph ?? app.graph;
+  let graph = rootGraph();
   for (const part of String(id).split(":")) {
     const node = graph?.getNodeById(Number(part)) ?? graph?.getNodeById(part);
     if (!node) return;
@@ -52,15 +69,22 @@ function write(node, text) {
 }
 
 function tell({ detail: { node, prompt_id: prompt, text } }) {
-  const workflow = workflows[prompt] ?? shown();
-  (texts[workflow] ??= {})[node] = text;
-  sessionStorage.setItem(STORE, JSON.stringify(texts));
-  if (workflow === shown()) for (const one of nodesOf(node)) write(one, text);
+  follow();
+  const { path, graph } = prompts[prompt] ?? { path: shown(), graph: rootGraph().id };
+  if (texts[path]?.graph !== graph) texts[path] = { graph, nodes: {} };
+  texts[path].nodes[node] = text;
+  keep();
+  if (path === shown() && graph === rootGraph().id) for (const one of nodesOf(node)) write(one, text);
 }
 
 function restore() {
-  const told = new Map(Object.entries(texts[shown()] ?? {}).flatMap(([id, text]) => [...nodesOf(id)].map((node) => [node, text])));
-  for (const node of (app.rootGraph ?? app.graph).nodes) if (!told.has(node)) erase(node);
+  const now = tabs();
+  for (const path of open) if (!now.includes(path)) delete texts[path]; // its tab was closed
+  [open, here] = [now, shown()];
+  keep();
+  const mine = texts[here]?.graph === rootGraph().id ? Object.entries(texts[here].nodes) : [];
+  const told = new Map(mine.flatMap(([id, text]) => [...nodesOf(id)].map((node) => [node, text])));
+  for (const node of rootGraph().nodes) if (!told.has(node)) erase(node);
   for (const [node, text] of told) write(node, text);
 }
 
@@ -84,14 +108,17 @@ app.registerExtension({
   setup() {
     const queue = api.queuePrompt;
     api.queuePrompt = async function (...args) {
-      const workflow = shown();
+      follow();
+      const from = { path: shown(), graph: rootGraph().id };
       const answer = await queue.apply(this, args);
-      if (answer?.prompt_id) workflows[answer.prompt_id] = workflow;
+      if (answer?.prompt_id) prompts[answer.prompt_id] = from;
       return answer;
     };
     api.addEventListener("safe_denoiser.text", tell);
+    window.addEventListener("pagehide", follow);
     api.addEventListener("promptQueued", () => setTimeout(sayWhatWasRefused, 500)); // after the page has had its say
   },
+  beforeConfigureGraph: follow, // the page still names the workflow that it leaves
   afterConfigureGraph() {
     for (const soon of [200, 1500]) setTimeout(restore, soon); // the page names the workflow that is shown some time after it has shown it
   },

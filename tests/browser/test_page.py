@@ -56,6 +56,38 @@ def test_every_template_opens(page):
 
 
 @BOTH
+def test_no_two_nodes_overlap_in_any_template(page):
+    """As they are drawn, which is larger than a file says: each renderer has its own heights and least widths."""
+    for name in TEMPLATES:
+        workflow = json.loads((ROOT / f"example_workflows/{name}.json").read_text(encoding="utf-8"))
+        boxes, groups = page.view.evaluate("""async ([workflow, modern]) => {
+            await app.loadGraphData(workflow);
+            const nodes = app.graph.nodes, {ds, canvas} = app.canvas, title = LiteGraph.NODE_TITLE_HEIGHT;
+            ds.scale = 0.3;
+            for (const i of [0, 1]) ds.offset[i] = 100 - Math.min(...nodes.map(n => n.pos[i]));
+            app.canvas.setDirty(true, true);
+            const drawn = () => nodes.map(n => document.querySelector(`[data-node-id='${n.id}']`)?.getBoundingClientRect());
+            for (let before = '', i = 0; modern && i < 50; i++, before = JSON.stringify(drawn())) {  // until they have their sizes
+                await new Promise(done => setTimeout(done, 100));
+                if (drawn().every(b => b?.height) && before === JSON.stringify(drawn())) break;
+            }
+            const {left, top} = canvas.getBoundingClientRect(), units = length => length / ds.scale;
+            const shown = modern ? drawn().map(b => [units(b.left - left) - ds.offset[0], units(b.top - top) - ds.offset[1],
+                                                     units(b.width), units(b.height)])
+                : nodes.map(n => [n.pos[0], n.pos[1] - title, n.size[0], n.size[1] + title]);
+            const box = ([x, y, width, height]) => [x, y, x + width, y + height];
+            return [nodes.map((n, i) => [`${n.title} ${n.id}`, ...box(shown[i])]), app.graph.groups.map(g => box([...g.pos, ...g.size]))];
+        }""", [workflow, page.modern])
+        for i, (what, *a) in enumerate(boxes):
+            for other, *b in boxes[:i]:
+                assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (name, what, other, a, b)
+            for g in groups:
+                if g[0] < a[0] < g[2] and g[1] < a[1] < g[3]:
+                    assert a[2] < g[2] and a[3] < g[3], (name, what, "sticks out of its group", a, g)
+    page.close_dialogs()
+
+
+@BOTH
 def test_the_tiny_workflow_runs_and_another_set_reruns_only_what_follows(page):
     page.load("tiny_digits")
     page.new_seed()
