@@ -131,6 +131,8 @@ class SafeDenoiser:
         root: square root of the mask (D,) inside which alone the banks count; set by `masked`.
         trusted: whether distances see what the bank shows, so that its kernel means may steer, and a prompt that they say is direct may
             lose its guidance. None finds out, see `sees`; where they do not, "auto" takes "gaussian" if there is a reference bank.
+        memory: what a run remembers from call to call, filled by `safe`: tensors of rows by name, and the same for each window and for
+            what is inside masks. Begin each run with an empty one; hand over a run's own to go on with it.
 
     Raises:
         ValueError: an unknown method, weight or push, a missing bank, banks of different shapes, a number out of range.
@@ -157,8 +159,8 @@ class SafeDenoiser:
     parts: int | None = None
     root: Tensor | None = None
     trusted: bool | None = None
-    _memory: dict = field(default_factory=dict, init=False, repr=False)  # the latest mask; the previous call, where a run is followed
-    _run: dict = field(default_factory=dict, init=False, repr=False)  # what a run remembers of each row, see `prediction.first`
+    memory: dict = field(default_factory=dict, repr=False)
+    _masked: dict = field(default_factory=dict, init=False, repr=False)  # the latest mask, and what is corrected inside it
 
     def __post_init__(self):
         for name, choices in (("method", METHODS), ("weight", WEIGHTS), ("push", PUSHES)):
@@ -217,7 +219,8 @@ class SafeDenoiser:
         width = dict(bandwidth=calibrated.kernel_bandwidth, temperature=calibrated.kernel_temperature)
         return [(place, replace(self, bank=shown, retain=self.retain and self.retain.map(lambda y, place=place: y[place]),
                                 reference=self.reference and self.reference.map(lambda y, place=place: y[place]),
-                                prior=prior, evidence=evidence, semantic=None, parts=1, trusted=True, **width)) for place in places]
+                                prior=prior, evidence=evidence, semantic=None, parts=1, trusted=True,
+                                memory=self.memory.setdefault(f"window {k}", {}), **width)) for k, place in enumerate(places)]
 
     @cached_property
     def latents(self) -> Tensor:
@@ -331,7 +334,7 @@ class SafeDenoiser:
     def _by_witness(self, p: Prediction) -> Correction:
         if p.unwanted is None:
             raise ValueError("weight 'witness' needs a prediction under the unwanted condition; connect unwanted, or choose weight 'auto'")
-        return self.witness.correct(p, self._run)
+        return self.witness.correct(p, self.memory)
 
     def _by_parts(self, p: Prediction, mask: Tensor | None = None) -> Correction:
         """The correction of each window by itself; where windows overlap, the mean of theirs, weighed by r. With a mask (B, D) r counts
@@ -410,7 +413,7 @@ class SafeDenoiser:
         if p.conditional is not None:
             pull = methods.pull(p.conditional, p.unconditional, unsafe_denoised, other_denoised, error)
             release = ((pull - RELEASE[0]) / (RELEASE[1] - RELEASE[0])).clamp(0, 1)
-        return largest(self._run, "released", p.sigma, release)
+        return largest(self.memory, "released", p.sigma, release)
 
     def _meant(self, p: Prediction) -> Tensor:
         """log p_u - log p_retain, (B,), by what the prediction means."""
@@ -436,11 +439,11 @@ class SafeDenoiser:
         between, shrink = self._spread(self.bank, unsafe, Prediction(x, p.denoised, sigma, torch.ones_like(sigma)))
         excess = shrink.square() * between + self.kernel_bandwidth**2 * shrink * x.shape[1] - trace
         log_r = torch.full_like(sigma, math.log(self._tuned("tracked")[0]))
-        before = self._memory.get("before")
-        if before is not None and before[0].shape == x.shape:
-            carried = methods.tracked(self._memory["log_r"], before, x, sigma, 1 / self.kernel_temperature, math.log(self.posterior_max))
+        known, *before = self.memory.get("tracked", (None, x[:0]))
+        if before[0].shape == x.shape:
+            carried = methods.tracked(known, before, x, sigma, 1 / self.kernel_temperature, math.log(self.posterior_max))
             log_r = torch.where(sigma < before[1], carried, log_r)
-        self._memory.update(log_r=log_r, before=(x, sigma, p.denoised, unsafe.mean, excess))
+        self.memory["tracked"] = log_r, x, sigma, p.denoised, unsafe.mean, excess
         return log_r
 
     def _by_beta(self, p: Prediction, unsafe: Posterior, beta: Tensor) -> Correction:
@@ -481,7 +484,7 @@ class SafeDenoiser:
         bank = self.bank.normalised() if self.method.startswith("official") else self.bank
         return replace(self, bank=bank and bank.masked(root), retain=self.retain and self.retain.masked(root),
                        reference=self.reference and self.reference.masked(root), semantic=None, parts=1, root=root, trusted=self.sees,
-                       bandwidth=self.kernel_bandwidth if bank else self.bandwidth)
+                       bandwidth=self.kernel_bandwidth if bank else self.bandwidth, memory={})
 
     def correct_inside(self, mask: Tensor, p: Prediction) -> Correction:
         """`correct`, each row with distances inside its own mask (B, D) and no correction where the mask is 0.
@@ -489,29 +492,27 @@ class SafeDenoiser:
         Rows of one mask go together, so that the bank is read in one matmul per mask. Where the mask is between 0 and 1 the
         correction is whole: the sampler's own blend, denoised m + latent (1 - m), weighs it by m.
         """
-        if self._memory.get("mask") is None or not torch.equal(self._memory["mask"], mask):
+        if self._masked.get("mask") is None or not torch.equal(self._masked["mask"], mask):
             kinds, kind = mask.unique(dim=0, return_inverse=True)
             parts = [((kind == k).nonzero()[:, 0], self.masked(m)) for k, m in enumerate(kinds)]
-            for name, kept in self._remembered_inside().items():
-                for index, inside in parts:
-                    inside._run[name] = tuple(value[index] for value in kept)
-            self._memory.update(mask=mask, parts=parts)
+            before, known = self.memory.get("inside masks", (None, {}))
+            same = before is not None and torch.equal(before, mask)
+            for name, values in known.items():
+                for index, inside in parts if same or name != "tracked" else ():  # which has seen x as one mask shows it
+                    inside.memory[name] = tuple(value[index] for value in values)
+            self._masked.update(mask=mask, parts=parts)
         parts = []
-        for index, inside in self._memory["parts"]:
+        for index, inside in self._masked["parts"]:
             x, denoised, *guides = (y if y is None else y[index] * inside.root
                                     for y in (p.x, p.denoised, *p.guides))
             part = inside.correct(Prediction(x, denoised, p.sigma[index], p.alpha[index], *guides))
             whole = torch.where(inside.root > 0, part.direction / inside.root, 0)
             parts.append((whole, part.posterior, part.nearest, part.clamped, part.omitted, part.projection))
-        order = torch.cat([index for index, _ in self._memory["parts"]]).argsort()
+        order = torch.cat([index for index, _ in self._masked["parts"]]).argsort()
+        memories = [inside.memory for _, inside in self._masked["parts"]]
+        self.memory["inside masks"] = mask, {name: tuple(torch.cat(values)[order] for values in zip(*(memory[name] for memory in memories)))
+                                             for name in set.intersection(*map(set, memories))}
         return Correction(*(values[0] if values[0] is None else torch.cat(values)[order] for values in zip(*parts)))
-
-    def _remembered_inside(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """What the latest masks' safe denoisers remember of this run, each row at its place."""
-        parts = self._memory.get("parts", [])
-        names = set.intersection(*(set(inside._run) for _, inside in parts)) if parts else ()
-        order = torch.cat([index for index, _ in parts]).argsort() if parts else None
-        return {name: tuple(torch.cat(values)[order] for values in zip(*(inside._run[name] for _, inside in parts))) for name in names}
 
     def opens(self, sigma: Tensor) -> Tensor:
         """Which noise levels (B,) lie inside the window, (B,), bool."""

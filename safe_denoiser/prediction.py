@@ -1,9 +1,12 @@
 """What a method hears of one model call, what it answers, and what the report keeps of it."""
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+LONGEST = 1000  # calls of which a run remembers what it found: as many steps as a schedule has
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,28 @@ class Correction:
 
 
 def _carried(memory: dict, name: str, sigma: Tensor, value: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`join` of what a run remembers and `value`, (B,) each; where sigma (B,) rises a new run begins. `memory` holds it under `name`."""
-    before = memory.get(name)
-    if before is not None and before[0].shape == sigma.shape:
-        value = torch.where(sigma <= before[0], join(before[1], value), value)
-    memory[name] = sigma, value
+    """`join` of what a run knew when x was noisier and `value`, (B,) each. `memory` holds the past under `name`: noise levels (B, K) and
+    joined values (B, K), in the order of the calls.
+
+    Where sigma (B,) rises again (a restart, a step that is taken back) what was found below it is forgotten; what was found above it is
+    not, since x still comes from there. A batch of another size begins anew.
+    """
+    empty = sigma.new_empty(len(sigma), 0), value.new_empty(len(value), 0)
+    levels, values = memory.get(name, empty)
+    if len(levels) != len(sigma):
+        levels, values = empty
+    above = levels > sigma[:, None]
+    place = torch.arange(1, levels.shape[1] + 1, device=sigma.device)
+    latest = torch.cat([torch.zeros_like(sigma, dtype=torch.long)[:, None], above * place], 1).amax(1)  # 0: nothing was
+    before = torch.cat([value[:, None], values], 1).gather(1, latest[:, None])[:, 0]
+    value = torch.where(latest > 0, join(before, value), value)
+    levels = torch.where(above, levels, math.nan)
+    memory[name] = torch.cat([levels, sigma[:, None]], 1)[:, -LONGEST:], torch.cat([values, value[:, None]], 1)[:, -LONGEST:]
     return value
 
 
 def first(memory: dict, name: str, sigma: Tensor, value: Tensor) -> Tensor:
-    """What `value` (B,) was at a run's first call that gave a number, (B,), see `_carried`."""
+    """What `value` (B,) was at a run's first call, the noisiest, that gave a number, (B,), see `_carried`."""
     return _carried(memory, name, sigma, value, lambda before, now: torch.where(before.isfinite(), before, now))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn.utils.rnn import pad_sequence
 
 from .denoiser import Step
 from .negation_set import NegationSet
@@ -19,6 +20,11 @@ def live(step: Step, call: int) -> str:
     """One line about one step, while the run is on; reads from the device."""
     r, c, t = (float(value.max()) for value in (step.posterior, step.correction, step.projection))
     return f"call {call}: r {r:.2f}, {'' if math.isnan(t) else f't {t:.2f}, '}correction {c:.1%}"
+
+
+def _largest(values: np.ndarray) -> float:
+    """The largest of these, NaN aside, and at least 0."""
+    return float(np.fmax.reduce(values.ravel(), initial=0.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +44,10 @@ class Report:
 
     @property
     def values(self) -> dict[str, np.ndarray]:
-        """Every field of Step as an array (calls, batch)."""
+        """Every field of Step as an array (calls, batch); NaN in a call with fewer rows than the largest has."""
         names = Step.__dataclass_fields__
-        if not self.steps:
-            return {name: np.zeros((0, 0)) for name in names}
-        return {name: torch.stack([getattr(step, name) for step in self.steps]).cpu().float().numpy() for name in names}
+        return {name: pad_sequence([getattr(step, name).float() for step in self.steps], True, math.nan).cpu().numpy() if self.steps
+                else np.zeros((0, 0)) for name in names}
 
     @property
     def heard(self) -> np.ndarray:
@@ -55,11 +60,11 @@ class Report:
         v = self.values
         return {
             "model_calls": len(self.steps),
-            "corrected_calls": int(v["active"].any(1).sum()) if len(self.steps) else 0,
-            "clamped": int(v["clamped"].sum()),
-            "fallbacks": int(v["fallback"].sum()),
-            "posterior": float(v["posterior"].max(initial=0)),
-            "correction": float(v["correction"].max(initial=0)),
+            "corrected_calls": int((v["active"] > 0).any(1).sum()),
+            "clamped": int(np.nansum(v["clamped"])),
+            "fallbacks": int(np.nansum(v["fallback"])),
+            "posterior": _largest(v["posterior"]),
+            "correction": _largest(v["correction"]),
         }
 
     @property
@@ -89,10 +94,10 @@ class Report:
     def counts(self) -> str:
         """One line: model calls, window, clamps and fallbacks."""
         s, v = self.summary, self.values
-        inside = np.flatnonzero((v["active"] > 0).any(1)) if len(self.steps) else []
+        inside = np.flatnonzero((v["active"] > 0).any(1))
         window = "window never open"
         if len(inside):
-            high, low = v["sigma"][inside[0]].max(), v["sigma"][inside[-1]].max()
+            high, low = _largest(v["sigma"][inside[0]]), _largest(v["sigma"][inside[-1]])
             window = f"window open in calls {inside[0] + 1} to {inside[-1] + 1} (sigma {high:.3f} to {low:.3f})"
         return f"{s['model_calls']} model calls, {window}, {s['clamped']} clamps, {s['fallbacks']} fallbacks"
 
@@ -102,10 +107,10 @@ class Report:
         heard = bool(np.isfinite(v["projection"]).any())
         lines = [self.verdict, self.counts, *self.notes,
                  f"call   sigma      posterior r     correction      active{'   share t' if heard else ''}"]
-        for i in range(len(self.steps)):
-            r, c, t = v["posterior"][i], v["correction"][i], v["projection"][i]
-            lines.append(f"{i + 1:>4}  {v['sigma'][i].max():>7.3f}   {r.mean():.3f} ({r.max():.3f})   {c.mean():.4f} ({c.max():.4f})   "
-                         f"{int(v['active'][i].sum())}/{len(r)}" + (f"    {t.mean():+.3f} ({t.max():+.3f})" if heard else ""))
+        for i, step in enumerate(self.steps):
+            sigma, r, c, t, active = (v[name][i][:len(step.sigma)] for name in ("sigma", "posterior", "correction", "projection", "active"))
+            lines.append(f"{i + 1:>4}  {sigma.max():>7.3f}   {r.mean():.3f} ({r.max():.3f})   {c.mean():.4f} ({c.max():.4f})   "
+                         f"{int(active.sum())}/{len(r)}" + (f"    {t.mean():+.3f} ({t.max():+.3f})" if heard else ""))
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -150,7 +155,7 @@ class Report:
 
     def _panel(self, draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], values: np.ndarray, title: str, top: float | None):
         left, upper, right, lower = box
-        top = top or float(values.max(initial=0)) or 1.0
+        top = top or _largest(values) or 1.0
         draw.rectangle(box, outline="gray")
         draw.text((left, upper - 4), title, "black", anchor="ld")
         draw.text((left - 6, upper), f"{top:.2g}", "black", anchor="rm")
@@ -158,5 +163,5 @@ class Report:
         draw.text((right, lower + 4), f"{len(values)} model calls", "black", anchor="ra")
         for row in range(values.shape[1] if values.size else 0):
             points = [(left + (right - left) * (i + 0.5) / len(values), lower - (lower - upper) * min(1.0, value / top))
-                      for i, value in enumerate(values[:, row])]
+                      for i, value in enumerate(values[:, row]) if not math.isnan(value)]
             draw.line(points * (2 if len(points) == 1 else 1), COLOURS[row % len(COLOURS)], 2)

@@ -75,3 +75,15 @@ def test_plot_draws_the_values_and_the_pictures_that_pushed():
     assert (plain != empty).any()
     with_pictures = np.asarray(report.plot(negation_set=NegationSet.from_images(torch.rand(3, 8, 8, 3))))
     assert with_pictures.shape == (480, 870, 3) and (with_pictures[20:130, 740:850] != 255).any()
+
+
+def test_calls_of_more_and_fewer_rows_are_told_together():
+    """A sampler that goes through a video by blocks, or through a batch in halves."""
+    denoiser = SafeDenoiser(Bank(torch.ones(3, 4, 4, 4)))
+    steps = [denoiser.safe(torch.ones(rows, 4, 4, 4), 2 * torch.ones(rows, 4, 4, 4), 1.0)[1] for rows in (2, 1, 3)]
+    report = Report(steps)
+    assert report.summary["model_calls"] == report.summary["corrected_calls"] == 3
+    assert [line.split()[-1] for line in report.table().splitlines()[-3:]] == ["2/2", "1/1", "3/3"]
+    assert json.loads(report.to_json())["steps"]["posterior"][1][1:] == [None, None] and report.pushed_most()
+    whole, even = np.asarray(report.plot()), np.asarray(Report([steps[2]] * 3).plot())
+    assert whole.shape == even.shape and not np.array_equal(whole, even)
