@@ -175,20 +175,23 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 
-class Witness:
-    """The conditions of one patch, `unwanted` and `neutral`: asked in each model call, and what the model predicted under them."""
+def listen(model, given: dict[str, list]) -> None:
+    """Wrap a clone of a model so that each of its runs has the conditions `given`."""
+    wrappers = comfy.patcher_extension.WrappersMP
+    if given:
+        model.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, outer_sample([*given.values()], model.hook_mode))
+        model.add_wrapper_with_key(wrappers.PREPARE_SAMPLING, KEY, prepare_sampling)
+        model.add_wrapper_with_key(wrappers.APPLY_MODEL, KEY, apply_model)
 
-    def __init__(self, given: dict[str, list], patched):
+
+class Witness:
+    """The conditions of one run, `unwanted` and `neutral`: asked in each model call, and what the model predicted under them."""
+
+    def __init__(self, given: dict[str, list]):
         self.given, self.missed = given, False
         self.offsets: dict[str, torch.Tensor] = {}
-        wrappers = comfy.patcher_extension.WrappersMP
-        if given:
-            patched.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, outer_sample([*given.values()], patched.hook_mode))
-            patched.add_wrapper_with_key(wrappers.PREPARE_SAMPLING, KEY, prepare_sampling)
-            patched.add_wrapper_with_key(wrappers.APPLY_MODEL, KEY, apply_model)
 
     def begin(self, guider, noise, latent_image, denoise_mask, seed) -> None:
-        self.offsets = {}
         conditions = guider.model_options.get(KEY)
         if conditions is not None:
             conditions.process(guider, noise, latent_image, denoise_mask, seed)

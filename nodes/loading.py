@@ -77,26 +77,9 @@ def hold(bank: Bank, patcher, shape, bank_size: str) -> Held:
     return forms[form]
 
 
-class Banks:
-    """The banks of one patch: held before a run, loaded with the model, and told in the form and the place in which they then are."""
-
-    def __init__(self, banks: dict[str, Bank | None], bank_size: str):
-        self.banks, self.bank_size = banks, bank_size
-        self.held: dict[str, Held] = {}
-
-    def hold(self, patcher, shape) -> None:
-        self.held = {name: hold(bank, patcher, shape, self.bank_size) for name, bank in self.banks.items() if bank is not None}
-
-    def now(self) -> dict[str, Bank | None]:
-        return {name: self.held[name].bank if name in self.held else None for name in self.banks}
-
-    @property
-    def notes(self) -> list[str]:
-        return [held.note for held in self.held.values() if held.note]
-
-    def prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
-        """A wrapper of PREPARE_SAMPLING: they are loaded as what a condition brings along is, so that their memory is counted."""
-        mine = f"{type(self).__name__} {id(self)}"
-        models = [held.patcher for held in self.held.values() if held.patcher is not None]
-        real, found, models = executor(model, noise_shape, conds | {mine: [{"additional_models": models}]}, *args, **kwargs)
-        return real, {name: cond for name, cond in found.items() if name != mine}, models
+def prepare_sampling(held: dict[str, Held], executor, model, noise_shape, conds, *args, **kwargs):
+    """A wrapper of PREPARE_SAMPLING: banks are loaded as what a condition brings along is, so that their memory is counted."""
+    mine = f"safe_denoiser banks {id(held)}"
+    models = [one.patcher for one in held.values() if one.patcher is not None]
+    real, found, models = executor(model, noise_shape, conds | {mine: [{"additional_models": models}]}, *args, **kwargs)
+    return real, {name: cond for name, cond in found.items() if name != mine}, models

@@ -1,11 +1,12 @@
-"""Which report belongs to which sampled latent.
+"""What is kept of runs, by the latent that each left: its report, and what another run needs to go on with it.
 
 A report is filled while its patched MODEL samples. ComfyUI may keep the sampler's result and forget the node that patched the model:
 that is then made anew, with a report that nothing fills. Or it keeps the results of several runs of one patched model. The latent tells
-which run it came from.
+which run it came from. It also tells which run another goes on with, where a picture is sampled in parts (KSampler (Advanced), packs
+that sample step by step).
 """
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import comfy.model_management
 import torch
@@ -15,8 +16,20 @@ from ..safe_denoiser import Report
 from .bank import parts_of
 from .fingerprint import fingerprint
 
-LATEST = 64  # runs that are remembered; each takes a few numbers per model call
-_runs: OrderedDict[tuple[str, str], Report] = OrderedDict()
+LATEST, RESUMABLE = 64, 4  # runs of which the report is kept, a few numbers per model call; and of which the memory is, a latent at most
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A run that is over: its report, what it remembers, the conditions under which that holds, and the noise level at which it ended."""
+
+    report: Report
+    memory: dict
+    conds: str
+    sigma: float
+
+
+_runs: OrderedDict[tuple[str, str], Kept] = OrderedDict()
 
 
 def source() -> str:
@@ -28,19 +41,39 @@ def source() -> str:
 def _key(report: Report, samples) -> tuple[str, str]:
     """Of latents as the sampler makes them or as it hands them over: packed or in streams, in its own dtype or in ComfyUI's."""
     dtype = getattr(comfy.model_management, "intermediate_dtype", lambda: torch.float32)()
-    return report.source, fingerprint(*torch.cat([part.flatten(1).to(dtype) for part in parts_of(samples)], 1))
+    return report.source or f"{id(report.steps)}", fingerprint(*torch.cat([part.flatten(1).to(dtype) for part in parts_of(samples)], 1))
 
 
-def remember(report: Report, samples) -> None:
-    if not report.source:
-        return
+def remember(report: Report, samples, memory: dict, conds: dict, sigma: float) -> None:
+    """Keep a run that is over, by the samples it left at a noise level.
+
+    Args:
+        memory: what it remembers, see `SafeDenoiser`.
+        conds: that it was sampled under; what it remembers holds under these.
+    """
     key = _key(report, samples)
-    _runs[key] = replace(report, steps=[*report.steps], notes=[*report.notes])
+    _runs[key] = Kept(replace(report, steps=[*report.steps], notes=[*report.notes]), memory, fingerprint(conds), sigma)
     _runs.move_to_end(key)
     while len(_runs) > LATEST:
         _runs.popitem(last=False)
+    for kept in [*_runs.values()][:-RESUMABLE]:
+        kept.memory.clear()
+
+
+def remembered(report: Report, samples, conds: dict, sigma: float) -> dict:
+    """The memory of the run that left these samples, for one that goes on from there: under the same conditions, and where the noise is no
+    higher. Else an empty one.
+    """
+    kept = _runs.get(_key(report, samples))
+    return _copied(kept.memory) if kept and kept.conds == fingerprint(conds) and sigma <= kept.sigma * (1 + 1e-4) else {}
+
+
+def _copied(memory: dict) -> dict:
+    """Its tensors are never changed in place, the dicts are."""
+    return {name: _copied(value) if isinstance(value, dict) else value for name, value in memory.items()}
 
 
 def recall(report: Report, samples) -> Report:
     """The report of the run that made these samples, as long as it is remembered; else the given one, which may not have been filled."""
-    return _runs.get(_key(report, samples), report) if report.source else report
+    kept = _runs.get(_key(report, samples))
+    return kept.report if kept else report

@@ -69,6 +69,15 @@ def _nothing(p: Prediction) -> Correction:
     return Correction.unasked(torch.zeros_like(p.denoised), none, none.bool())
 
 
+def _emptied(memory: dict) -> None:
+    """Drop what it holds, and keep the dicts in it, which windows write into."""
+    for name, value in [*memory.items()]:
+        if isinstance(value, dict):
+            _emptied(value)
+        else:
+            del memory[name]
+
+
 def _between_neighbours(latents: Tensor) -> float:
     """Median distance of an item of flat latents (N, D) to its nearest neighbour."""
     distances = squared_distances(latents, latents, rows(1.0, latents))
@@ -513,6 +522,11 @@ class SafeDenoiser:
         self.memory["inside masks"] = mask, {name: tuple(torch.cat(values)[order] for values in zip(*(memory[name] for memory in memories)))
                                              for name in set.intersection(*map(set, memories))}
         return Correction(*(values[0] if values[0] is None else torch.cat(values)[order] for values in zip(*parts)))
+
+    def forget(self) -> None:
+        """Begin a new run."""
+        self._masked.clear()
+        _emptied(self.memory)
 
     def opens(self, sigma: Tensor) -> Tensor:
         """Which noise levels (B,) lie inside the window, (B,), bool."""

@@ -7,7 +7,6 @@ from families import FAMILIES, build, conditioning, noise
 
 from tests.conftest import COMFYUI
 
-UNEVEN = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="a report cannot stack calls of as many frames as they happen to have")
 OWN = {  # family, cfg, model calls of 4 steps, those that are corrected
     "VOIDSampler": ("CogVideoX, inpainting", 2.0, 4, 4),
     "SamplerARVideo": ("Wan, causal", 1.0, 15, 12),  # 3 frames one by one; a call without noise fills the cache with each
@@ -68,7 +67,7 @@ def bank_of(model, family):
     return Bank(model.model.process_latent_out(latent), metadata={"space": "vae"})
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=UNEVEN if "two" in name else ()) for name in OWN])
+@pytest.mark.parametrize("name", OWN)
 def test_each_prediction_is_corrected(name, comfy, run, pack, matrix):
     matrix.name = f"own way: {name}"
     family, cfg, calls, corrected = FAMILIES[OWN[name][0]], *OWN[name][1:]
@@ -86,8 +85,7 @@ def test_each_prediction_is_corrected(name, comfy, run, pack, matrix):
     matrix.outcome = f"{corrected} of {calls} model calls corrected"
 
 
-@pytest.mark.parametrize("bank_size", ["exact", pytest.param("interpolate", marks=pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="a bank is resized for the size at the start only"))])
+@pytest.mark.parametrize("bank_size", ["exact", "interpolate"])
 def test_a_sampler_that_changes_the_size_needs_another_bank(bank_size, comfy, run, pack):
     """SamplerLCMUpscale, which goes from 8 x 8 to 12 x 12: refused, or the bank follows."""
     name, family = "SamplerLCMUpscale", FAMILIES["SDXL"]
@@ -99,3 +97,4 @@ def test_a_sampler_that_changes_the_size_needs_another_bank(bank_size, comfy, ru
     else:
         (result,) = sample(name, on, family)[1]
         assert result.shape[-2:] == (12, 12) and report.summary["corrected_calls"] == 4
+        assert "bank resized from (4, 8, 8) to the sampler's (4, 10, 10)" in report.table()

@@ -1,0 +1,356 @@
+"""The only place where the core meets the sampling loop: a model is patched, and each run of a guider on it is steered."""
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+import comfy.patcher_extension
+import torch
+
+from ..safe_denoiser import Bank, Report, SafeDenoiser, Step
+from .bank import require_pictures
+from .conditions import Witness, hookable, listen
+from .live import Live
+from .loading import hold, prepare_sampling
+from .runs import remember, remembered, source
+
+KEY, POST_CFG = "safe_denoiser", "sampler_post_cfg_function"
+MISSED = "the unwanted condition was not evaluated in some model calls: the guider, or a node beside this one, asks the model its own way"
+UNTOLD = "the sampler was started without a word to this node: a mask, if there is one, is not known, and whole pictures are compared"
+RISES = "the noise rises from step to step (unsampling): nothing is steered, so that sampling again can lead elsewhere"
+MIDWAY = "the run begins in the middle of a schedule, and its earlier part is not known here: what the prompt asks for is judged anew"
+ROWS = "the sampler asks for parts of the batch at a time: what earlier calls told of each picture is not known"
+
+
+def forward_process(model_sampling, sigma: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(std, alpha) of x = alpha x0 + std eps, (B,) each, for any model class: asked of ComfyUI's own noise_scaling. std is what a sampler
+    calls sigma, but where a model's noise has a scale of its own.
+    """
+    one = torch.ones([len(sigma)] + [1] * (ndim - 1), device=sigma.device)
+    std = model_sampling.noise_scaling(sigma, one, torch.zeros_like(one))
+    alpha = model_sampling.noise_scaling(sigma, torch.zeros_like(one), one)
+    if _is(model_sampling, "V_PREDICTION_DDPM"):  # CogVideoX: its samplers, and its predictions, know x of variance 1 only
+        std, alpha = (value / (1 + sigma.square()).sqrt().view_as(value) for value in (std, alpha))
+    return std.flatten(), alpha.flatten()
+
+
+def _is(model_sampling, kind: str) -> bool:
+    """Whether it is of a kind of ComfyUI's, which not every release has."""
+    return any(base.__name__.startswith(kind) for base in type(model_sampling).__mro__)
+
+
+class Picture:
+    """The picture's part of what is sampled. Newer ComfyUI packs latents of picture and sound as (B, 1, N), the picture first; what is
+    not the picture's stays as it is, bit for bit.
+    """
+
+    def __init__(self, shapes: list | None):
+        self.shape = tuple(shapes[0])[1:] if shapes and len(shapes) > 1 else None
+
+    def of(self, packed: torch.Tensor | None) -> torch.Tensor | None:
+        """(B, C, *spatial) of a packed (B, 1, N); of a picture alone, itself."""
+        if self.shape is None or packed is None:
+            return packed
+        return packed[..., :math.prod(self.shape)].reshape(len(packed), *self.shape)
+
+    def put(self, packed: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
+        """`packed` with another picture."""
+        if self.shape is None:
+            return picture
+        return torch.cat([picture.reshape(len(packed), 1, -1), packed[..., math.prod(self.shape):]], -1)
+
+
+def std_at(model_sampling, percent: float) -> float:
+    """Standard deviation of the noise at a fraction of the schedule, as `forward_process` measures it."""
+    sigma = torch.as_tensor(model_sampling.percent_to_sigma(percent), dtype=torch.float32)
+    return float(forward_process(model_sampling, sigma.cpu().reshape(1), 4)[0])
+
+
+def refuse(patcher, noise: torch.Tensor) -> None:
+    """Raise where there is no picture to steer: not a picture, or not a diffusion of one."""
+    require_pictures(noise, patcher.get_model_object("latent_format"))
+    if _is(patcher.get_model_object("model_sampling"), "IMG_TO_IMG"):
+        raise ValueError(f"{type(patcher.model).__name__} maps one picture to another and has no noise level at which to compare it "
+                         f"with a bank; the safe denoiser needs a diffusion model, so sample this one without it")
+
+
+def watch(model_options: dict, guider) -> tuple[dict, list, dict]:
+    """Let a post-CFG function note what guidance computed, and hold back those that the running sampler itself added.
+
+    CFG++ samplers catch `uncond_denoised` there and step from it: x' = a denoised - b uncond_denoised + c x. They equal their plain
+    namesakes where both predictions are the same, so a correction acts as under plain CFG if, and only if, it moves both; therefore
+    their functions are called after the correction, see `call_late`.
+
+    Returns:
+        model_options with the noting function instead, the functions held back, and a dict that will hold the notes.
+    """
+    functions, own = model_options.get(POST_CFG, []), guider.model_options.get(POST_CFG, [])
+    late, seen = [fn for fn in functions if fn not in own], {}
+
+    def note(args):
+        seen.update(args)
+        return args["denoised"]
+
+    return {**model_options, POST_CFG: [fn for fn in functions if fn in own] + [note]}, late, seen
+
+
+def call_late(late: list, seen: dict, denoised: torch.Tensor, safe_denoised: torch.Tensor) -> torch.Tensor:
+    """Call what `watch` held back, with both predictions moved as `denoised` was."""
+    if not late or not seen:  # not CFG++, or a guider that calls no post-CFG function
+        return safe_denoised
+    if safe_denoised is not denoised:
+        shift = safe_denoised - denoised
+        seen = seen | {key: seen[key] + shift for key in ("cond_denoised", "uncond_denoised")}
+    for fn in late:
+        safe_denoised = fn({**seen, "denoised": safe_denoised})
+    return safe_denoised
+
+
+def guidance(guider, seen: dict) -> dict[str, torch.Tensor]:
+    """The predictions that guidance was made of, as `SafeDenoiser.safe` names them, or nothing: at cfg 1 ComfyUI hands over zeros in
+    place of the negative prompt's, a nested DualCFGGuider that of its middle prompt, and a cache that skips the model nothing. A guider
+    that asks another model for it (DualModelGuider) hands it over under conditions that are not among its own.
+    """
+    uncond = seen.get("uncond")
+    if uncond is None or any(uncond is conds for name, conds in guider.conds.items() if name != "negative"):
+        return {}
+    return {"unconditional": seen["uncond_denoised"], "conditional": seen["cond_denoised"]}
+
+
+def require(banks: dict[str, Bank | None], unwanted, neutral, method: str, weight: str) -> None:
+    """Raise where nothing says what must not come out, or something is connected that means nothing without it."""
+    if unwanted is None:
+        if neutral is not None:
+            raise ValueError("neutral is connected and unwanted is not; neutral is what unwanted is compared with, so connect unwanted too")
+        if weight == "witness":
+            raise ValueError("weight 'witness' compares with the prediction under an unwanted condition, and none is connected; connect "
+                             "unwanted, or choose weight 'auto'")
+    if banks["bank"] is not None:
+        return
+    if unwanted is None:
+        raise ValueError("nothing says what must not come out; connect negation_bank (from Build or Load Negation Bank), or unwanted (a "
+                         "condition that means it, such as a prompt that asks for it), or both")
+    if method != "safe_denoiser" or weight not in ("auto", "witness"):
+        raise ValueError(f"{f'method {method!r}' if method != 'safe_denoiser' else f'weight {weight!r}'} steers by a negation bank, and "
+                         f"none is connected; connect negation_bank, or choose method 'safe_denoiser' and weight 'auto'")
+
+
+class Run:
+    """One run of a guider on a patched model: what corrects it, and what is remembered from call to call.
+
+    Each run has its own, since a sampler may sample the same patched model inside its own run (by regions, to look ahead).
+
+    Args:
+        patch: whose run it is.
+        guider: who samples; not kept, since a run may be left without an end.
+        noise: that is sampled, of the picture alone.
+        report: to fill.
+        told: whether it will be told when it ends.
+    """
+
+    def __init__(self, patch: "Patch", guider, noise: torch.Tensor, report: Report, told: bool):
+        refuse(guider.model_patcher, noise)
+        self.patch, self.patcher, self.report, self.told = patch, guider.model_patcher, report, told
+        self.witness, self.live, self.memory = Witness(patch.given), Live(), {}
+        self.held = self._hold(noise.shape)
+        self.sampling = None  # until it begins
+
+    def _hold(self, shape) -> dict:
+        return {name: hold(bank, self.patcher, shape, self.patch.bank_size) for name, bank in self.patch.banks.items() if bank is not None}
+
+    def begin(self, guider, noise: torch.Tensor, sigmas: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> None:
+        """The sampler is about to start: the model is loaded, and the banks with it."""
+        self.sampling, self.sigmas, self.mask = guider.inner_model.model_sampling, sigmas, mask
+        self.picture = Picture(getattr(guider.inner_model, "latent_shapes", None))
+        self.offset, self.rows, self.lowest, self.highest = None, len(noise), math.inf, -math.inf
+        self.rises = sigmas is not None and len(sigmas) > 1 and bool(sigmas[-1] > sigmas[0])
+        self.report.steps.clear()
+        self.report.notes[:] = [note for note, so in ((UNTOLD, sigmas is None), (RISES, self.rises)) if so and self.patch.on]
+        denoiser = self._denoiser(guider, self.held)
+        self.denoisers = {tuple(self.picture.of(noise).shape[1:]): denoiser}
+        if denoiser.strength and denoiser.inside:
+            self.note(f"compared by parts of the picture, in {len(denoiser.inside)} windows")
+        if "unwanted" in self.patch.connected and denoiser.method != "safe_denoiser":
+            self.note(f"method {denoiser.method} does not know the unwanted condition, only safe_denoiser does")
+        origin = self.patch.banks["bank"] and self.patch.banks["bank"].metadata.get("origin")  # of a compressed bank: the picture that
+        self.origin = origin and torch.tensor(json.loads(origin), device=noise.device)  # each prototype stands for
+
+    def note(self, text: str) -> None:
+        if text not in self.report.notes:
+            self.report.notes.append(text)
+
+    def _denoiser(self, guider, held: dict) -> SafeDenoiser:
+        """What corrects, with banks in the form for one size."""
+        for note in filter(None, (one.note for one in held.values())):
+            self.note(note)
+        patch = self.patch
+        banks = {name: held[name].bank if name in held else None for name in patch.banks}
+        start = 0.0 if self.rises else std_at(self.sampling, patch.start)
+        return SafeDenoiser(**banks, **patch.settings, sigma_start=start, sigma_end=std_at(self.sampling, patch.end), memory=self.memory,
+                            semantic=patch.semantic and patch.semantic(guider.inner_model.process_latent_out))
+
+    def denoiser_for(self, guider, x: torch.Tensor) -> SafeDenoiser:
+        """What corrects x, which some samplers make larger on their way; then banks that may be resized follow."""
+        shape = tuple(self.picture.of(x).shape[1:])
+        if shape not in self.denoisers:
+            self.denoisers[shape] = self._denoiser(guider, self._hold((len(x), *shape)))
+        denoiser = self.denoisers[shape]
+        if len(x) != self.rows and denoiser.strength:
+            denoiser.forget()  # the rows before need not be these
+            self.note(ROWS)
+        return denoiser
+
+    def is_over(self, sigma: float) -> bool:
+        """Whether a call at this noise level belongs to a next run; asked only where nobody tells."""
+        over = sigma >= self.highest and self.lowest < self.highest
+        self.lowest, self.highest = min(self.lowest, sigma), max(self.highest, sigma)
+        return over
+
+    def mask_at(self, guider, timestep: torch.Tensor, model_options: dict) -> torch.Tensor | None:
+        change = model_options.get("denoise_mask_function")  # Differential Diffusion: another mask at each step
+        if self.mask is None or change is None:
+            return self.mask
+        return change(timestep, self.mask, extra_options={"model": guider, "sigmas": self.sigmas})
+
+    def correct(self, denoiser: SafeDenoiser, x, raw, level, mask, guides: dict, reach) -> tuple[torch.Tensor, Step | None]:
+        """`safe`, as far as the conditions reach; with neither a bank nor a prediction to go by, inside a window that is never open."""
+        picture = self.picture
+        if "unwanted" not in guides and (denoiser.bank is None or denoiser.weight == "witness"):
+            denoiser, guides = replace(denoiser, sigma_start=0.0, memory={}), {"unwanted": raw, "conditional": raw}
+        if reach is not None:
+            mask = reach if mask is None else reach * mask
+        guides = {name: picture.of(prediction) for name, prediction in guides.items()}
+        found, step = denoiser.safe(picture.of(x), picture.of(raw), *level, picture.of(mask), **guides)
+        safe_denoised = raw if step is None else picture.put(raw, found)
+        return safe_denoised if reach is None else raw + reach * (safe_denoised - raw), step
+
+    def record(self, step: Step | None) -> None:
+        if step is None:
+            return
+        nearest = step.nearest if self.origin is None else torch.where(step.nearest < 0, -1, self.origin[step.nearest])
+        self.report.steps.append(replace(step, nearest=nearest))
+        self.live.show(self.report.steps)
+
+
+class Patch:
+    """What a patched model does: the wrappers through which guiders sample it, and their runs.
+
+    Args:
+        banks: `bank`, `retain` and `reference`, as SafeDenoiser names them.
+        start, end: window, as fractions of the schedule.
+        bank_size: "exact" refuses a bank of another size, "interpolate" resizes it.
+        semantic: from Semantic Posterior.
+        connected: `unwanted` and `neutral`, where they are: CONDITIONING that means what must not come out, and one that means nothing in
+            particular.
+        settings: the other arguments of SafeDenoiser.
+    """
+
+    def __init__(self, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, semantic, connected: dict, settings: dict):
+        self.banks, self.start, self.end, self.bank_size, self.semantic = banks, start, end, bank_size, semantic
+        self.connected, self.settings, self.on = connected, settings, settings["strength"] != 0
+        self.given = connected if self.on and settings["method"] == "safe_denoiser" else {}
+        self.report, self.runs = Report([], [], source()), WeakKeyDictionary()  # by guider: one never runs twice at a time
+
+    def patched(self, model):
+        """A clone of `model` that guiders sample through this patch."""
+        patched, wrappers = hookable(model, [*self.given.values()]), comfy.patcher_extension.WrappersMP
+        listen(patched, self.given)
+        for where, wrapper in ((wrappers.OUTER_SAMPLE, self.outer_sample), (wrappers.PREPARE_SAMPLING, self.prepare_sampling),
+                               (wrappers.SAMPLER_SAMPLE, self.sampler_sample), (wrappers.PREDICT_NOISE, self.predict_noise)):
+            patched.add_wrapper_with_key(where, KEY, wrapper)
+        predict = patched.wrappers[wrappers.PREDICT_NOISE]  # the first is the outermost: a cache that skips the model must not skip us
+        patched.wrappers[wrappers.PREDICT_NOISE] = {KEY: predict.pop(KEY), **predict}
+        return patched
+
+    def open(self, guider, noise: torch.Tensor, told: bool) -> Run:
+        """A new run. The patch's own report is that of a run inside no other."""
+        inner = any(run.told for run in self.runs.values())
+        run = Run(self, guider, noise, Report([], [], self.report.source) if inner else self.report, told)
+        self.runs[guider] = run
+        return run
+
+    @contextmanager
+    def run_of(self, guider, noise: torch.Tensor):
+        """The run of this guider, until whoever asked first is through."""
+        known = self.runs.get(guider)
+        run = known if known and known.told else self.open(guider, noise, True)
+        try:
+            yield run
+        finally:
+            if run is not known:
+                self.runs.pop(guider, None)
+                if run.sampling is not None and run.report is self.report:
+                    run.live.end(run.report)
+
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        guider = executor.class_obj
+        with self.run_of(guider, Picture(kwargs.get("latent_shapes")).of(noise)) as run:
+            conds = getattr(guider, "original_conds", {})
+            run.memory = remembered(run.report, latent_image, conds, float(sigmas[0]))
+            midway = not run.memory and not noise.count_nonzero() and bool(latent_image.count_nonzero())
+            samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            if midway and run.report.steps and not run.rises:
+                run.note(MIDWAY)
+            remember(run.report, samples, run.memory, conds, float(sigmas[-1]))
+            return samples
+
+    def prepare_sampling(self, executor, *args, **kwargs):
+        held = [run.held for run in self.runs.values() if run.told]  # the latest is about to begin
+        return prepare_sampling(held[-1] if held else {}, executor, *args, **kwargs)
+
+    def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs):
+        picture = Picture(getattr(guider.inner_model, "latent_shapes", None))
+        with self.run_of(guider, picture.of(noise)) as run:
+            run.begin(guider, noise, sigmas, denoise_mask)
+            run.witness.begin(guider, noise, latent_image, denoise_mask, extra_args.get("seed"))
+            return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
+
+    def now(self, guider, x: torch.Tensor, timestep: torch.Tensor) -> Run:
+        """The run that a call belongs to; one that nobody told of begins with its first call."""
+        run = self.runs.get(guider)
+        if run is None or not run.told and run.sampling is not None and run.is_over(float(timestep.max())):
+            run = self.open(guider, Picture(getattr(guider.inner_model, "latent_shapes", None)).of(x), False)
+        if run.sampling is None:
+            run.begin(guider, x)
+        return run
+
+    def predict_noise(self, executor, x, timestep, model_options, *args, **kwargs):
+        guider = executor.class_obj
+        run = self.now(guider, x, timestep)
+        denoiser, witness = run.denoiser_for(guider, x), run.witness
+        mask, level = run.mask_at(guider, timestep, model_options), forward_process(run.sampling, timestep, x.ndim)
+        model_options, late, seen = watch(model_options, guider)
+        shared = model_options.get(KEY, {})  # of several patches on one model, all correct the prediction that the innermost got
+        model_options = {**model_options, KEY: shared}
+        if witness.given:
+            timestep = timestep.expand(len(x))  # one number would do for the model's one condition, not for several
+            model_options = witness.ask(guider, shared, model_options, timestep, bool(denoiser.opens(level[0]).any()))
+        denoised = executor(x, timestep, model_options, *args, **kwargs)
+        guides = guidance(guider, seen)
+        if guides:
+            run.offset = guides["unconditional"] - x
+        elif not seen and run.offset is not None and run.offset.shape == x.shape:  # a cache skipped the model: go on as LazyCache does,
+            guides = {"unconditional": x + run.offset}  # with the offset of the latest call
+        if seen and seen["cond"] is guider.conds.get("positive"):
+            shared.setdefault("conditional", seen["cond_denoised"])
+        raw, guides = shared.setdefault("predictions", (denoised, guides))
+        heard = witness.heard(shared, x, guides) if witness.given else {}
+        if witness.missed:
+            run.note(MISSED)
+        reach = witness.reach(guider, x, timestep) if heard else None
+        safe_denoised, step = run.correct(denoiser, x, raw, level, mask, guides | heard, reach)
+        if raw is not denoised:
+            safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
+        run.record(step)
+        return call_late(late, seen, denoised, safe_denoised)
+
+
+def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, semantic=None, unwanted=None, neutral=None,
+          **settings):
+    """A clone of `model` that samples away from the bank and the unwanted condition, and the Report of its latest run; see `Patch`."""
+    require(banks, unwanted, neutral, settings["method"], settings.get("weight", "auto"))
+    SafeDenoiser(**banks, **settings, semantic=semantic)  # says at once what is wrong with them
+    connected = {name: one for name, one in (("unwanted", unwanted), ("neutral", neutral)) if one is not None}
+    made = Patch(banks, start, end, bank_size, semantic, connected, settings)
+    return made.patched(model), made.report
