@@ -154,7 +154,7 @@ class Run:
         self.patch, self.patcher, self.report, self.told = patch, guider.model_patcher, report, told
         self.witness, self.live, self.memory = Witness(patch.given), Live(), {}
         self.held = self._hold(noise.shape)
-        self.sampling = None  # until it begins
+        self.sampling, self.rises = None, False  # until it begins
 
     def _hold(self, shape) -> dict:
         return {name: hold(bank, self.patcher, shape, self.patch.bank_size) for name, bank in self.patch.banks.items() if bank is not None}

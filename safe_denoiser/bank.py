@@ -1,6 +1,7 @@
 """Bank: the latents of a negation set, with names and metadata; encode, merge, save, load."""
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -20,12 +21,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 
 from .negation_set import NegationSet
+from .pictures import printable
 
 FORMAT, VERSION = "safe_denoiser.bank", 1
 FITS = ("crop", "pad", "stretch")
 WORKERS, AHEAD = 3, 8  # threads that read and resize pictures, and how many pictures before they are encoded
 BLOCK = 2**22  # bytes read at once where a whole bank is read
+LONG = 8  # times as long as the size, beyond which a picture is cut before it is resized
+RECALLED = 512  # numbers, or short lists of them, that are kept of calibrations
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+_unwritable: set[Path] = set()  # caches of which it was said
+_recalled: dict[tuple[str, str], float | list] = {}
 
 
 class Stored:
@@ -68,6 +76,8 @@ class Stored:
     def _read(self, first: int, last: int) -> torch.Tensor:
         size = math.prod(self.item) * self.stored.itemsize
         data = np.fromfile(self.path, np.uint8, (last - first) * size, offset=self.start + first * size)
+        if len(data) != (last - first) * size:
+            raise ValueError(f"{self.path.name!r} has become shorter since it was loaded; load the bank again")
         return torch.from_numpy(data).view(-1, size).view(self.stored).view(-1, *self.item)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Stored":
@@ -91,6 +101,14 @@ class Clusters:
     centres: torch.Tensor
     labels: torch.Tensor
 
+    def check(self, shape: torch.Size) -> None:
+        """Raise where they are not those of latents of this shape."""
+        k, whole = len(self.centres) if self.centres.ndim else 0, self.labels.dtype == torch.int64
+        if not k or self.centres.shape[1:] != shape[1:] or self.labels.shape != shape[:1] or not whole \
+                or not bool(self.centres.isfinite().all()) or not bool(((self.labels >= 0) & (self.labels < k)).all()):
+            raise ValueError(f"bank clusters are {tuple(self.centres.shape)} with labels {tuple(self.labels.shape)}; need centres like the "
+                             f"latents {tuple(shape)}, and the number of one for each latent")
+
 
 @dataclass(frozen=True, eq=False)
 class Bank:
@@ -102,10 +120,9 @@ class Bank:
         metadata: strings that travel with the file.
         weights: (N,) relative weight pi_n of each item, or None for equal weights.
         clusters: by which a large bank is searched, or None.
-        remembered: what calibration found out, see `recall`; one dict, shared by all banks that are made of this one.
 
     Raises:
-        ValueError: no latent, a wrong shape, a value that is not finite, names or weights of another length.
+        ValueError: no latent, a wrong shape, a value that is not finite, names, weights or clusters that do not go with the latents.
     """
 
     latents: torch.Tensor | Stored
@@ -113,19 +130,20 @@ class Bank:
     metadata: dict[str, str] = field(default_factory=dict)
     weights: torch.Tensor | None = None
     clusters: Clusters | None = None
-    remembered: dict[str, float | list] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         n = len(self.latents) if self.latents.ndim else 0
-        if n == 0 or self.latents.ndim < 2:
+        if n == 0 or self.latents.ndim < 2 or not self.latents.shape.numel():
             raise ValueError(f"bank latents are {tuple(self.latents.shape)}; need (N, C, *spatial) with N >= 1, "
                              f"so build the bank from at least one picture")
         if not bool(torch.isfinite(self.squared_norms).all()):
             raise ValueError("bank latents hold NaN or infinity; rebuild the bank, with the VAE in fp32 if it overflowed")
         if self.names and len(self.names) != n:
             raise ValueError(f"bank has {n} latents but {len(self.names)} names; give one name per latent or none")
-        if self.weights is not None and (self.weights.shape != (n,) or not bool((self.weights > 0).all())):
+        if self.weights is not None and (self.weights.shape != (n,) or not bool(((self.weights > 0) & self.weights.isfinite()).all())):
             raise ValueError(f"bank weights are {tuple(self.weights.shape)}; need {n} positive numbers, one per latent")
+        if self.clusters is not None:
+            self.clusters.check(self.latents.shape)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -143,16 +161,22 @@ class Bank:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Shape and mean |y_n|^2, which differ between banks, and between the spaces and sizes that one bank is brought to."""
-        mean = self.log_weights.exp().to(self.squared_norms) @ self.squared_norms
-        return f"{'x'.join(map(str, self.latents.shape))} {float(mean):.5g}"
+        """Hash of what the bank holds: of each item its length, its place along one random direction, and its weight."""
+        direction = torch.randn(self.latents.shape[1:].numel(), generator=torch.Generator().manual_seed(0)).to(self.latents.device)
+        count = max(1, BLOCK // direction.numel())
+        along = [self.latents[i:i + count].flatten(1).to(direction.dtype) @ direction for i in range(0, len(self), count)]
+        told = torch.stack([self.squared_norms.double(), torch.cat(along).double(), self.log_weights.double()])
+        return hashlib.sha256(repr(tuple(self.latents.shape)).encode() + told.cpu().numpy().tobytes()).hexdigest()
 
     def recall(self, what: str, compute: Callable[[], float | list]) -> float | list:
-        """What `compute` returns for this bank, computed once for all banks with these latents; it is saved with the bank."""
-        key = f"{what}, {self.fingerprint}"
-        if key not in self.remembered:
-            self.remembered[key] = compute()
-        return self.remembered[key]
+        """What `compute` returns for this bank, computed once for all banks that hold the same; in this process only, since numbers that
+        steer are not taken from a file that anybody may have written.
+        """
+        key = what, self.fingerprint
+        _recalled[key] = _recalled.pop(key) if key in _recalled else compute()  # the latest comes last
+        while len(_recalled) > RECALLED:
+            _recalled.pop(next(iter(_recalled)), None)
+        return _recalled[key]
 
     @property
     def nbytes(self) -> int:
@@ -229,7 +253,8 @@ def merge_banks(banks: Sequence[Bank]) -> Bank:
     weights = None
     if any(bank.weights is not None for bank in banks):
         weights = torch.cat([bank.log_weights.exp() * len(bank) for bank in banks])
-    return Bank(torch.cat([bank.latents[:] for bank in banks]), names, dict(banks[0].metadata), weights)
+    metadata = {key: value for key, value in banks[0].metadata.items() if key != "origin"}  # numbers of the items of one bank
+    return Bank(torch.cat([bank.latents[:] for bank in banks]), names, metadata, weights)
 
 
 def fit_picture(pixels: torch.Tensor, size: tuple[int, int], fit: str) -> torch.Tensor:
@@ -242,6 +267,10 @@ def fit_picture(pixels: torch.Tensor, size: tuple[int, int], fit: str) -> torch.
         raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}")
     height, width = size
     image = pixels.movedim(-1, 0)[None]
+    if fit == "crop":  # of a picture many times as long as the size is, only the middle is resized: the rest would be cut
+        for axis, most in ((-1, image.shape[-2] * width / height), (-2, image.shape[-1] * height / width)):
+            length = min(image.shape[axis], math.ceil(LONG * most))
+            image = image.narrow(axis, (image.shape[axis] - length) // 2, length)
     h, w = image.shape[-2:]
     if fit != "stretch":
         scale = (max if fit == "crop" else min)(height / h, width / w)
@@ -278,26 +307,41 @@ class LatentCache:
         """The stored latent, or None when there is none or it is damaged."""
         try:
             latent = load(path.read_bytes())["latent"]  # read, not mapped: a mapped file cannot be replaced on Windows
-            os.utime(path)
-            return latent
-        except (OSError, SafetensorError, KeyError):
+            if not latent.is_floating_point() or not bool(latent.isfinite().all()):
+                return None
+        except (OSError, SafetensorError, KeyError, ValueError):
             return None
+        with suppress(OSError):  # a folder that may only be read
+            os.utime(path)
+        return latent
 
     def put(self, path: Path, latent: torch.Tensor) -> None:
-        with suppress(PermissionError):  # on Windows: another process is reading the same latent, which it has stored
+        """Store a latent; where that cannot be done, go on without, and say so once."""
+        try:
             _write(path, {"latent": latent})
+        except (OSError, SafetensorError) as error:  # a full disk, a folder that is gone or may not be written
+            stored = os.name == "nt" and path.exists()  # there a file that another process reads cannot be replaced
+            if self.folder not in _unwritable and not stored:
+                _unwritable.add(self.folder)
+                logging.warning("safe denoiser: nothing can be stored in %s (%s); what is computed is not kept for next time", self.folder,
+                                error)
 
     def trim(self) -> None:
-        trim(self.folder, self.limit)
+        with suppress(OSError):
+            trim(self.folder, self.limit)
 
 
 def trim(folder: Path, limit: float) -> None:
-    """Remove the files of a cache that were used least recently, until those that stay take at most `limit` bytes."""
+    """Remove the files of a cache that were used least recently, until those that stay take at most `limit` bytes, and what a process
+    that was killed left half-written. Other people's files in the folder stay.
+    """
     files, now = [], time.time()
     for entry in os.scandir(folder) if folder.is_dir() else ():
         with suppress(OSError):  # another process may remove files at the same time
-            status = entry.stat()
-            if not entry.name.endswith(".tmp") or now - status.st_mtime > 3600:  # a younger one is being written
+            status = entry.stat(follow_symlinks=False)
+            if entry.name.endswith(".tmp") and now - status.st_mtime > 3600:  # a younger one is being written
+                os.unlink(entry.path)
+            elif entry.name.endswith(".safetensors") and entry.is_file(follow_symlinks=False):
                 files.append((status.st_mtime, status.st_size, entry.path))
     total = sum(size for _, size, _ in files)
     for _, size, path in sorted(files):
@@ -325,28 +369,40 @@ def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torc
         Bank with latents (N, C, *spatial) in the space of `encode`, and the pictures' names and weights.
 
     Raises:
-        ValueError: the set holds latents of a saved bank whose shape differs from those that are encoded.
+        ValueError: the set holds latents of a saved bank whose shape differs from those that are encoded; a picture that cannot be read
+            any more, or of which `encode` makes no numbers: the name says which.
     """
     latents, count = [], len(negation_set)
     stored = negation_set.latents or (None,) * count
-    paths = [cache and cache.path(fingerprint, size, fit) for fingerprint in negation_set.fingerprints]
 
-    def prepare(i: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The latent where there is one, else the picture."""
-        latent = stored[i] if stored[i] is not None else cache and cache.get(paths[i])
-        return (latent, None) if latent is not None else (None, fit_picture(negation_set.readers[i](), size, fit))
+    def place(fingerprint: str) -> Path | None:
+        return cache and cache.path(fingerprint, size, fit)
+
+    def prepare(i: int) -> tuple[torch.Tensor | None, torch.Tensor | None, Path | None]:
+        """The latent where there is one, else the picture and where its latent belongs."""
+        if stored[i] is not None:
+            return stored[i], None, None
+        if cache and not negation_set.changed(i):
+            latent = cache.get(place(negation_set.fingerprints[i]))
+            if latent is not None:
+                return latent, None, None
+        picture, fingerprint = negation_set.read(i)  # by what is read now: a file may be replaced at any time
+        return None, fit_picture(picture, size, fit), place(fingerprint)
 
     with ThreadPoolExecutor(WORKERS) as pool:
         ahead = deque(pool.submit(prepare, i) for i in range(min(AHEAD, count)))
         try:
             for i in range(count):
-                latent, picture = ahead.popleft().result()
+                latent, picture, path = ahead.popleft().result()
                 if i + AHEAD < count:
                     ahead.append(pool.submit(prepare, i + AHEAD))
                 if latent is None:
                     latent = encode(picture).detach().cpu().contiguous()
-                    if cache:
-                        cache.put(paths[i], latent)
+                    if not bool(latent.isfinite().all()):
+                        raise ValueError(f"the VAE gives NaN or infinity for {negation_set.names[i]}; run it in higher precision (ComfyUI "
+                                         f"--fp32-vae or --bf16-vae), or take the picture out of the set")
+                    if path:
+                        cache.put(path, latent)
                 latents.append(latent)
                 if progress:
                     progress(i + 1, count)
@@ -376,7 +432,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
 
 def save_bank(bank: Bank, path: str | Path) -> None:
     """Write a bank as safetensors: tensors `latents` (and `weights`, and `centres` with `labels`), string metadata `format`,
-    `version`, `names`, `metadata`, `calibration` (what `Bank.recall` holds).
+    `version`, `names`, `metadata`.
     """
     tensors = {"latents": bank.latents[:].cpu().contiguous()}
     if bank.weights is not None:
@@ -384,38 +440,61 @@ def save_bank(bank: Bank, path: str | Path) -> None:
     if bank.clusters is not None:
         tensors.update({name: value.cpu().contiguous() for name, value in vars(bank.clusters).items()})
     _write(Path(path), tensors, {"format": FORMAT, "version": str(VERSION),
-                                 "names": json.dumps(bank.names), "metadata": json.dumps(bank.metadata),
-                                 "calibration": json.dumps(bank.remembered)})
+                                 "names": json.dumps(bank.names), "metadata": json.dumps(bank.metadata)})
 
 
 def load_bank(path: str | Path, memory: float = math.inf) -> Bank:
-    """Read a bank that `save_bank` wrote.
+    """Read a bank that `save_bank` wrote. Nothing in the file is trusted: it may come from anybody.
 
     Args:
         memory: bytes that its latents may take; those of a larger bank stay in the file and are read when they are used.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, not a bank, or written by a newer version.
+        ValueError: truncated, not a bank, damaged, or written by a newer version.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"negation bank {path.name!r} does not exist; save one with save_bank or Save Negation Bank")
     try:
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
+            header, tensors = file.metadata() or {}, set(file.keys())
             if header.get("format") != FORMAT:
-                raise ValueError(f"{path.name!r} is a safetensors file but not a negation bank; "
-                                 f"build one with encode_bank or Build Negation Bank")
-            if int(header["version"]) > VERSION:
-                raise ValueError(f"{path.name!r} is a negation bank of version {header['version']}, this pack reads up to "
-                                 f"{VERSION}; update the pack")
-            weights = file.get_tensor("weights") if "weights" in file.keys() else None
-            clusters = Clusters(file.get_tensor("centres"), file.get_tensor("labels")) if "labels" in file.keys() else None
-            small = math.prod(file.get_slice("latents").get_shape()) * 4 <= memory
-            latents = file.get_tensor("latents") if small else Stored(path)
-            return Bank(latents, tuple(json.loads(header["names"])), json.loads(header["metadata"]), weights, clusters,
-                        json.loads(header.get("calibration", "{}")))
+                raise ValueError("it is a safetensors file but not a negation bank; build one with encode_bank or Build Negation Bank")
+            names, metadata = _read_header(header)
+            kind, shape = file.get_slice("latents").get_dtype(), file.get_slice("latents").get_shape()
+            if kind not in DTYPES:
+                raise ValueError(f"its latents are of type {kind}, and need to be one of {', '.join(DTYPES)}")
+            weights = file.get_tensor("weights") if "weights" in tensors else None
+            clusters = Clusters(file.get_tensor("centres"), file.get_tensor("labels")) if {"centres", "labels"} <= tensors else None
+            latents = file.get_tensor("latents") if math.prod(shape) * 4 <= memory else Stored(path)
+        bank = Bank(latents, names, metadata, weights, clusters)
+        if "origin" in metadata:
+            _check_origin(json.loads(metadata["origin"]), len(bank))
+        return bank
     except SafetensorError as error:
         raise ValueError(f"{path.name!r} is not a readable safetensors file ({error}); it may be truncated: "
                          f"copy or build it again") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path.name!r} cannot be used: {str(error) or type(error).__name__}") from error
+
+
+def _read_header(header: dict[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Names and metadata of a bank file.
+
+    Raises:
+        ValueError, KeyError: anything else than `save_bank` writes.
+    """
+    if int(header["version"]) > VERSION:
+        raise ValueError(f"it is a negation bank of version {header['version']}, this pack reads up to {VERSION}; update the pack")
+    names, metadata = json.loads(header["names"]), json.loads(header["metadata"])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("its names are not a list of texts; build it again")
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not texts; build it again")
+    return tuple(map(printable, names)), metadata
+
+
+def _check_origin(origin: list, count: int) -> None:
+    if not isinstance(origin, list) or len(origin) != count or not all(type(i) is int and 0 <= i < 2**31 for i in origin):
+        raise ValueError(f"its origin does not name a picture for each of {count} latents; build it again")

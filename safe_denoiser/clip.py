@@ -65,6 +65,9 @@ class Clip:
         """Embeddings (M, E), fp32, on the CPU."""
         return F.normalize(self.model.encode_text(self.tokenize(list(texts)).to(self.ready())).float(), dim=1).cpu()
 
+    def _path(self, fingerprint: str) -> Path:
+        return self.cache.path(fingerprint, (self.size, self.size), self.fit)
+
     def pictures(self, negation_set: NegationSet, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """Embeddings (N, E), fp32, on the CPU; each is computed once and stored at once, so that an interrupt loses nothing.
 
@@ -72,20 +75,27 @@ class Clip:
             progress: called as progress(done, total) after each batch; may raise to interrupt.
 
         Raises:
-            ValueError: an item of a saved bank, which holds no picture.
+            ValueError: an item of a saved bank, which holds no picture; a picture that cannot be read any more, or means no number.
         """
-        paths = [self.cache and self.cache.path(f, (self.size, self.size), self.fit) for f in negation_set.fingerprints]
-        found = [self.cache and self.cache.get(path) for path in paths]
+        found: list[Tensor | None] = [None] * len(negation_set)
+        if self.cache:
+            for i, fingerprint in enumerate(negation_set.fingerprints):
+                found[i] = None if negation_set.changed(i) else self.cache.get(self._path(fingerprint))
         missing = [i for i, embedding in enumerate(found) if embedding is None]
         for start in range(0, len(missing), BATCH):
             rows = missing[start:start + BATCH]
-            fitted = torch.stack([fit_picture(negation_set.readers[i](), (self.size, self.size), self.fit) for i in rows])
-            for i, embedding in zip(rows, self.pixels(fitted).cpu()):
+            pictures, fingerprints = zip(*map(negation_set.read, rows))  # by what is read now: a file may be replaced at any time
+            embeddings = self.pixels(torch.stack([fit_picture(one, (self.size, self.size), self.fit) for one in pictures])).cpu()
+            for i, fingerprint, embedding in zip(rows, fingerprints, embeddings):
+                if not bool(embedding.isfinite().all()):
+                    raise ValueError(f"the CLIP model gives NaN or infinity for {negation_set.names[i]}; take the picture out of the set")
                 found[i] = embedding.clone()  # not a view of the whole batch
                 if self.cache:
-                    self.cache.put(paths[i], found[i])
+                    self.cache.put(self._path(fingerprint), found[i])
             if progress:
                 progress(len(found) - len(missing) + start + len(rows), len(found))
+        if self.cache:
+            self.cache.trim()
         return torch.stack(found)
 
 

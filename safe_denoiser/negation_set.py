@@ -1,8 +1,9 @@
 """NegationSet: image files -> fingerprints and lazily decoded pictures."""
 import hashlib
 import re
+import stat
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -10,14 +11,13 @@ from pathlib import Path, PurePosixPath
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .pictures import EXTENSIONS, blur, decode, examine
-
-LARGEST = 2**28  # bytes of one picture inside a zip file: a file that unpacks to more is not a picture
+from .pictures import EXTENSIONS, LARGEST, File, archive, blur, examine, printable, state_of
 
 
 def _natural(name: str) -> list:
     """Sort key: picture_2 before picture_10."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d+)", name)  # text and digits in turn
+    return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part.lower() for i, part in enumerate(parts)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class NegationSet:
             raise FileNotFoundError(f"negation set folder {folder.name!r} does not exist; create {folder} "
                                     f"and put the pictures that must not come out into it")
         files = (file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and not file.is_dir())
-        found = cls._gather(((file.name, *cls._file(file, folder)) for file in sorted(files, key=lambda f: _natural(f.name))), max_images)
+        found = cls._gather(((file.name, cls._file(file, folder)) for file in sorted(files, key=lambda f: _natural(f.name))), max_images)
         return found._or_complain(f"folder {folder.name!r}", f"put PNG, JPEG or WebP files into {folder}")
 
     @classmethod
@@ -81,41 +81,53 @@ class NegationSet:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"negation set {path.name!r} does not exist; put a zip file of pictures at {path}")
+        state = state_of(path)
         try:
-            with zipfile.ZipFile(path) as archive:
-                members = archive.infolist()
-        except zipfile.BadZipFile as error:
+            members = archive(path, state).infolist()
+        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
             raise ValueError(f"negation set {path.name!r} is not a readable zip file ({error}); make or copy it again") from error
-        pictures = [m for m in members if PurePosixPath(m.filename).suffix.lower() in EXTENSIONS and not m.is_dir()
-                    and not PurePosixPath(m.filename).name.startswith("._")]  # what macOS adds
-        time = path.stat().st_mtime_ns
-        found = cls._gather(((m.filename, *cls._member(path, m, time)) for m in sorted(pictures, key=lambda m: _natural(m.filename))),
-                            max_images)
+        pictures = {m.filename: m for m in members if PurePosixPath(m.filename).suffix.lower() in EXTENSIONS | {".zip"} and not m.is_dir()
+                    and not PurePosixPath(m.filename).name.startswith("._")}  # what macOS adds
+        found = cls._gather(((name, cls._member(path, pictures[name], state)) for name in sorted(pictures, key=_natural)), max_images)
         return found._or_complain(f"zip file {path.name!r}", f"put PNG, JPEG or WebP files into {path}")
 
     @staticmethod
-    def _file(file: Path, folder: Path) -> tuple[int, Callable, tuple[str, str]]:
-        if not file.resolve().is_relative_to(folder.resolve()):
-            return 0, decode, ("", "link to a file outside the folder")
-        if not file.exists():
-            return 0, decode, ("", "broken link")
-        status = file.stat()
-        return status.st_size, partial(decode, file), examine(file, status.st_size, status.st_mtime_ns)
+    def _file(path: Path, folder: Path) -> tuple[File | str, int]:
+        """The picture and its bytes, or a reason why there is none."""
+        try:
+            if not path.resolve().is_relative_to(folder.resolve()):
+                return "link to a file outside the folder", 0
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # to read a pipe or a device would never end
+                return "not a file", 0
+            return File(path, state_of(path)), status.st_size
+        except FileNotFoundError:
+            return "broken link", 0
+        except (OSError, RuntimeError) as error:  # no permission; a link to itself
+            return f"{type(error).__name__}: {getattr(error, 'strerror', None) or 'it cannot be found'}", 0
 
     @staticmethod
-    def _member(path: Path, member: zipfile.ZipInfo, time: int) -> tuple[int, Callable, tuple[str, str]]:
-        examined = examine(path, member.file_size, time, member.filename) if member.file_size <= LARGEST else ("", "larger than 256 MB")
-        return member.file_size, partial(decode, path, member.filename), examined
+    def _member(path: Path, member: zipfile.ZipInfo, state: tuple[int, ...]) -> tuple[File | str, int]:
+        if PurePosixPath(member.filename.replace("\\", "/")).is_absolute() or ".." in re.split(r"[/\\]", member.filename):
+            return "leads out of the zip file", 0
+        if member.filename.lower().endswith(".zip"):
+            return "a zip file in a zip file; unpack it", 0
+        if member.flag_bits & 1:
+            return "encrypted; make the zip file without a password", 0
+        if member.file_size > LARGEST:
+            return f"larger than {LARGEST >> 20} MB", 0
+        return File(path, state, member.filename), member.file_size
 
     @classmethod
-    def _gather(cls, candidates, max_images: int) -> "NegationSet":
-        """The set of those (name, bytes, reader, (fingerprint, reason)) that are readable."""
+    def _gather(cls, candidates: Iterable[tuple[str, tuple[File | str, int]]], max_images: int) -> "NegationSet":
+        """The set of those that are readable, by name."""
         kept, skipped = [], []
-        for name, size, read, (fingerprint, reason) in candidates:
+        for name, (file, size) in candidates:
+            fingerprint, reason = ("", file) if isinstance(file, str) else examine(file)
             if reason:
-                skipped.append((name, reason))
+                skipped.append((printable(name), reason))
             else:
-                kept.append((name, size, read, fingerprint))
+                kept.append((printable(name), size, file, fingerprint))
             if max_images and len(kept) >= max_images:
                 break
         names, sizes, readers, fingerprints = zip(*kept) if kept else ((), (), (), ())
@@ -139,7 +151,7 @@ class NegationSet:
             raise ValueError("this item comes from a saved bank, which holds latents and no picture; build the set from pictures instead")
 
         fingerprints = tuple(hashlib.sha256(latent.float().cpu().contiguous().numpy().tobytes()).hexdigest() for latent in latents)
-        return cls(tuple(names) or tuple(f"latent_{i}" for i in range(len(latents))), fingerprints, (read,) * len(latents),
+        return cls(tuple(map(printable, names)) or tuple(f"latent_{i}" for i in range(len(latents))), fingerprints, (read,) * len(latents),
                    weights=() if weights is None else tuple(weights.tolist()), latents=tuple(latents.cpu()),
                    size=latents.numel() * latents.element_size())
 
@@ -161,6 +173,22 @@ class NegationSet:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def changed(self, i: int) -> bool:
+        """Whether the file of picture i is not the one that was examined any more."""
+        return isinstance(self.readers[i], File) and self.readers[i].changed
+
+    def read(self, i: int) -> tuple[torch.Tensor, str]:
+        """Picture i as it is now, and its content hash, which is another than that in the list where the file was replaced.
+
+        Raises:
+            ValueError: it cannot be read any more; the name says which.
+        """
+        reader = self.readers[i]
+        try:
+            return reader.read() if isinstance(reader, File) else (reader(), self.fingerprints[i])
+        except ValueError as error:
+            raise ValueError(f"{self.names[i]}: {error}") from error
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (read() for read in self.readers)

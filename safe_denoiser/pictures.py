@@ -1,9 +1,11 @@
 """Picture files, on disk or inside a zip file: which are readable, and their pixels."""
 import hashlib
 import io
+import os
 import re
 import warnings
 import zipfile
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,23 +14,138 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-EXTENSIONS = frozenset(
-    ".png .apng .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif .ppm .pgm .jp2 .tga .ico".split())
+# What Pillow may open, by the name of its decoder: others start programs (PostScript), or need them.
+DECODERS = {"PNG": ".png .apng", "JPEG": ".jpg .jpeg .jfif", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "TIFF": ".tif .tiff",
+            "AVIF": ".avif", "PPM": ".ppm .pgm", "JPEG2000": ".jp2", "TGA": ".tga", "ICO": ".ico"}
+EXTENSIONS = frozenset(" ".join(DECODERS.values()).split())
+LARGEST = 2**28  # bytes of a file, or of what a member of a zip file unpacks to: more is not a picture
+PIXELS = 2**27  # of a picture: decoded it takes 12 bytes for each, 1.6 GB
+LONGEST = 200  # characters of a name that are shown
 
 
-def content(path: Path, member: str = "") -> bytes:
-    """Bytes of a file, or of one member of a zip file."""
-    if not member:
-        return path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(member)
+def printable(name: str) -> str:
+    """A name as it may be shown: strangers' file names hold line breaks, signs that turn the text around, and thousands of letters."""
+    shown = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in name[:LONGEST])
+    return shown if len(name) <= LONGEST else shown + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def decode(path: Path, member: str = "") -> torch.Tensor:
-    """The picture as a viewer shows it: first frame, EXIF rotation applied, transparency on white, 16 bit kept.
+class _OnDemand(io.RawIOBase):
+    """A file that is open only while it is read: an archive can be kept, and the file replaced all the same."""
+
+    def __init__(self, path: Path):
+        self.path, self.place = path, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = offset + (0, self.place, os.path.getsize(self.path))[whence] if whence else offset
+        if self.place < 0:
+            raise OSError("before the start of the file")
+        return self.place
+
+    def read(self, size: int = -1) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.place)
+            data = file.read(size)
+        self.place += len(data)
+        return data
+
+
+@lru_cache(maxsize=8)
+def archive(path: Path, state: tuple[int, ...]) -> zipfile.ZipFile:
+    """A zip file, whose list of members is read once; threads may share it. `state` is the cache key, see `state_of`.
+
+    Raises:
+        zipfile.BadZipFile: damaged, or no zip file.
+    """
+    return zipfile.ZipFile(_OnDemand(path))
+
+
+def state_of(path: Path) -> tuple[int, ...]:
+    """What changes when a file does: size and times, of which programs can set one but not the other."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@dataclass(frozen=True)
+class File:
+    """A picture: a file, or a member of a zip file.
 
     Args:
-        path: a picture, or a zip file that holds the picture `member`.
+        state: of the file when it was examined.
+    """
+
+    path: Path
+    state: tuple[int, ...]
+    member: str = ""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the file is not what it was any more; one that is gone is not."""
+        try:
+            return state_of(self.path) != self.state
+        except OSError:
+            return True
+
+    def content(self) -> bytes:
+        """Bytes of the picture.
+
+        Raises:
+            ValueError: there are too many. OSError, RuntimeError, zipfile.BadZipFile: it is gone, encrypted or damaged.
+        """
+        if not self.member:
+            with self.path.open("rb") as file:
+                data = file.read(LARGEST + 1)
+        else:
+            with archive(self.path, state_of(self.path)).open(self.member) as file:
+                data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise ValueError(f"larger than {LARGEST >> 20} MB")
+        return data
+
+    def read(self) -> tuple[torch.Tensor, str]:
+        """The picture, see `decode`, and the hash of what it was made of: of the file as it is now.
+
+        Raises:
+            ValueError: it can no longer be read.
+        """
+        try:
+            data = self.content()
+            return decode(data), hashlib.sha256(data).hexdigest()
+        except Exception as error:
+            raise ValueError(f"{self.reason(error)}; it could be read when the set was loaded: load it again") from error
+
+    def __call__(self) -> torch.Tensor:
+        return self.read()[0]
+
+    def reason(self, error: Exception) -> str:
+        name = printable(self.member or self.path.name)
+        text = re.sub(r"<_io.BytesIO object at 0x[0-9a-f]+>", repr(name), str(error)).replace(str(self.path), name)
+        return f"{type(error).__name__}: {printable(text)}"
+
+
+def opened(data: bytes) -> Image.Image:
+    """A picture of which nothing is decoded yet.
+
+    Raises:
+        ValueError: more than PIXELS, or what Pillow raises for files it cannot read.
+    """
+    Image.init()
+    picture = Image.open(io.BytesIO(data), formats=[name for name in DECODERS if name in Image.OPEN])
+    if picture.width * picture.height > PIXELS:
+        raise ValueError(f"{picture.width} x {picture.height} pixels, more than {PIXELS >> 20} million")
+    return picture
+
+
+def decode(data: bytes) -> torch.Tensor:
+    """The picture as a viewer shows it: first frame, EXIF rotation applied, transparency on white, 16 bit kept.
 
     Returns:
         (H, W, 3) float32 in [0, 1].
@@ -36,12 +153,12 @@ def decode(path: Path, member: str = "") -> torch.Tensor:
     Raises:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: what Pillow raises for files it cannot read.
     """
-    with Image.open(io.BytesIO(content(path, member))) as opened:
-        opened.seek(0)
-        picture = ImageOps.exif_transpose(opened)
+    with opened(data) as first:
+        first.seek(0)
+        picture = ImageOps.exif_transpose(first)
         if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit grey: Pillow would clip it at 255
             grey = np.asarray(picture, dtype=np.float32) / (1.0 if picture.mode == "F" else 65535.0)
-            return torch.from_numpy(grey).clamp(0, 1)[:, :, None].expand(-1, -1, 3)
+            return torch.from_numpy(grey).nan_to_num(0).clamp(0, 1)[:, :, None].expand(-1, -1, 3)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -55,18 +172,17 @@ def blur(pixels: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=100_000)
-def examine(path: Path, size: int, mtime_ns: int, member: str = "") -> tuple[str, str]:
-    """(sha256 of the file, "") for a readable picture, ("", reason) for any other; `size` and `mtime_ns` are the cache key."""
-    if not size:
-        return "", "empty file"
+def examine(file: File) -> tuple[str, str]:
+    """(sha256 of the picture, "") for a readable one, ("", reason) for any other; of each state of a file once."""
     try:
-        data = content(path, member)
+        data = file.content()
+        if not data:
+            return "", "empty file"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings about odd metadata would flood the console
-            with Image.open(io.BytesIO(data)) as picture:
+            with opened(data) as picture:
                 picture.draft("RGB", (64, 64))  # JPEG decodes at 1/8 size: finds truncation at a fraction of the cost
                 picture.load()
         return hashlib.sha256(data).hexdigest(), ""
     except Exception as error:  # a damaged file makes Pillow's plugins raise nearly anything
-        text = re.sub(r"<_io.BytesIO object at 0x[0-9a-f]+>", repr(member or path.name), str(error))
-        return "", f"{type(error).__name__}: {text}".replace(str(path), path.name)
+        return "", file.reason(error)

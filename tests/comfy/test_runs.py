@@ -236,3 +236,14 @@ def test_one_noise_level_for_the_whole_batch(way, apply, prompts):
     found = sample(guider(patched, prompts, cfg=1.0), ksampler(one_number))
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
     assert report.values["active"].tolist() == [[1, 1]] * 6
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sampler_that_tells_less_noise_than_there_is(way, apply, prompts):
+    """As those do that sharpen details: it is steered all the same, see docs/reliability.md for how well."""
+    patched, report = apply(**WAYS[way])
+
+    def told_less(call, x, sigmas):
+        return euler(lambda x, sigma: call(x, 0.8 * sigma), x, sigmas)
+
+    assert torch.isfinite(sample(guider(patched, prompts), ksampler(told_less))).all() and report.summary["corrected_calls"] == 6

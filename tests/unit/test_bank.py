@@ -70,7 +70,7 @@ def test_files_that_are_no_bank_say_so(tmp_path):
         with pytest.raises(ValueError, match="'x.safetensors' is not a readable safetensors file .* truncated"):
             load_bank(path)
     save_file({"weight": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match="'x.safetensors' is a safetensors file but not a negation bank"):
+    with pytest.raises(ValueError, match="'x.safetensors' cannot be used: it is a safetensors file but not a negation bank"):
         load_bank(path)
     save_file({"latents": torch.zeros(1, 4, 2, 2)}, path, {"format": "safe_denoiser.bank", "version": "99"})
     with pytest.raises(ValueError, match="version 99, this pack reads up to 1; update the pack"):

@@ -111,7 +111,7 @@ def test_what_does_not_compare_banks_has_no_windows(reference):
     assert not SafeDenoiser(bank).inside and not SafeDenoiser(bank, reference=reference).masked(torch.ones(128)).inside
 
 
-def test_what_was_found_is_remembered_with_the_bank_and_saved_with_it(reference, tmp_path, monkeypatch):
+def test_what_was_found_is_remembered_for_all_banks_that_hold_the_same(reference, tmp_path, monkeypatch):
     bank = bank_and_places(60)[0]
     first = SafeDenoiser(bank, reference=reference)
     windows_of, temperature = first.located[1].window, first.inside[0][1].kernel_temperature
