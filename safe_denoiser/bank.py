@@ -206,7 +206,7 @@ class Bank:
     def sample(self, count: int) -> "Bank":
         """At most `count` of the items, evenly picked, in memory."""
         if len(self) <= count:
-            return self
+            return self.to() if isinstance(self.latents, Stored) else self
         index = torch.arange(count, device=self.latents.device) * len(self) // count
         return Bank(self.latents[index], weights=None if self.weights is None else self.weights[index])
 
@@ -462,39 +462,45 @@ def load_bank(path: str | Path, memory: float = math.inf) -> Bank:
             if header.get("format") != FORMAT:
                 raise ValueError("it is a safetensors file but not a negation bank; build one with encode_bank or Build Negation Bank")
             names, metadata = _read_header(header)
+            if "latents" not in tensors or ("centres" in tensors) != ("labels" in tensors):
+                raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}; it needs latents, and centres with labels if any")
             kind, shape = file.get_slice("latents").get_dtype(), file.get_slice("latents").get_shape()
             if kind not in DTYPES:
                 raise ValueError(f"its latents are of type {kind}, and need to be one of {', '.join(DTYPES)}")
             weights = file.get_tensor("weights") if "weights" in tensors else None
-            clusters = Clusters(file.get_tensor("centres"), file.get_tensor("labels")) if {"centres", "labels"} <= tensors else None
+            clusters = Clusters(file.get_tensor("centres"), file.get_tensor("labels")) if "labels" in tensors else None
             latents = file.get_tensor("latents") if math.prod(shape) * 4 <= memory else Stored(path)
         bank = Bank(latents, names, metadata, weights, clusters)
-        if "origin" in metadata:
-            _check_origin(json.loads(metadata["origin"]), len(bank))
+        if "origin" in metadata and len(json.loads(metadata["origin"])) != len(bank):
+            raise ValueError(f"its origin does not name a picture for each of {len(bank)} latents; build it again")
         return bank
     except SafetensorError as error:
-        raise ValueError(f"{path.name!r} is not a readable safetensors file ({error}); it may be truncated: "
+        raise ValueError(f"{path.name!r} is not a readable safetensors file ({printable(str(error))}); it may be truncated: "
                          f"copy or build it again") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path.name!r} cannot be used: {str(error) or type(error).__name__}") from error
+    except ValueError as error:
+        raise ValueError(f"{path.name!r} cannot be used: {printable(str(error))}") from error
 
 
 def _read_header(header: dict[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
     """Names and metadata of a bank file.
 
     Raises:
-        ValueError, KeyError: anything else than `save_bank` writes.
+        ValueError: anything else than `save_bank` writes.
     """
-    if int(header["version"]) > VERSION:
-        raise ValueError(f"it is a negation bank of version {header['version']}, this pack reads up to {VERSION}; update the pack")
-    names, metadata = json.loads(header["names"]), json.loads(header["metadata"])
+    version = header.get("version", "")
+    if not version.isdecimal() or len(version) > 9:
+        raise ValueError("it does not say by which version it was written; build it again")
+    if int(version) > VERSION:
+        raise ValueError(f"it is a negation bank of version {version}, this pack reads up to {VERSION}; update the pack")
+    try:
+        names, metadata = json.loads(header["names"]), json.loads(header["metadata"])
+        origin = json.loads(metadata.get("origin", "[]"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("its names or metadata cannot be read; build it again") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("its names are not a list of texts; build it again")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not texts; build it again")
+    if not isinstance(origin, list) or not all(type(i) is int and 0 <= i < 2**31 for i in origin):
+        raise ValueError("its origin is not a list of pictures' numbers; build it again")
     return tuple(map(printable, names)), metadata
-
-
-def _check_origin(origin: list, count: int) -> None:
-    if not isinstance(origin, list) or len(origin) != count or not all(type(i) is int and 0 <= i < 2**31 for i in origin):
-        raise ValueError(f"its origin does not name a picture for each of {count} latents; build it again")

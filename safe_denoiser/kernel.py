@@ -205,7 +205,7 @@ def posterior(x: Tensor, latents: Tensor | Stored, sigma: float | Tensor, alpha:
     mixture = _Mixture(flat, noise, alpha, gain, prior, norms.to(flat), omit)
     if search is not None and latents.device.type == "cpu":
         index, guess = candidates(mixture, search, norms, omit)
-        if 2 * len(index) < n:
+        if 0 < 2 * len(index) < n:  # none, where x is not finite, and the mean will not be
             found = posterior(x, Picked(latents, index), noise.sqrt(), alpha, bandwidth, temperature, prior[index], norms[index], omit)
             weights = (guess - (found.log_density[:, None] + common)).exp_().index_copy_(1, index.to(flat.device), found.weights)
             return Posterior(found.mean, found.log_density, weights)
