@@ -1,5 +1,6 @@
 """Load OpenCLIP, and what pictures mean: Curate and Split Negation Set, Check Images, Fill Blocked Images."""
 import logging
+import os
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,7 @@ from .live import Live, progress
 from .negation_set import preview_input, to_image
 from .types import CATEGORY, PREVIEWS, CheckedType, ClipType, NegationSetType, SemanticType, found_by
 
-BY_TAG = "pretrained tag"
+BY_TAG, CONSENT = "pretrained tag", "SAFE_DENOISER_ALLOW_DOWNLOAD"
 PASSING = ExecutionBlocker(None)  # in place of an empty batch: what follows does not run, and nobody is alarmed
 
 
@@ -30,6 +31,11 @@ def architectures() -> list[str]:
     found = find_spec("open_clip")
     configs = Path(found.origin).parent.glob("model_configs/*.json") if found else ()
     return sorted((path.stem for path in configs), key=str.lower) or ["ViT-B-32"]
+
+
+def consents() -> bool:
+    """Whether this machine's user allows downloads. A workflow is no consent: it comes from anybody, with its widgets set."""
+    return os.environ.get(CONSENT) == "1" or folders.consent().is_file()
 
 
 def find_weights(weights: str, architecture: str, pretrained: str, allow_download: bool) -> Path:
@@ -45,10 +51,11 @@ def find_weights(weights: str, architecture: str, pretrained: str, allow_downloa
     try:
         return folders.resolve(folders.CLIPS, name)
     except FileNotFoundError:
-        if not allow_download:
+        if not allow_download or not consents():
             raise FileNotFoundError(
                 f"CLIP {architecture!r} with the tag {pretrained!r} is not on this machine; put its weights into {target.parent}, as "
-                f"{name}.safetensors, and choose that file, or switch allow_download on to fetch it once") from None
+                f"{name}.safetensors, and choose that file; or switch allow_download on, and allow it on this machine: make an empty file "
+                f"{folders.consent()}, or start ComfyUI with {CONSENT}=1") from None
     source, size = published(architecture, pretrained)
     logging.warning("Load OpenCLIP: fetching %s, %.0f MB, into %s", source, size / 1e6, target)
     Live().send(f"fetching {source}\n{size / 1e6:.0f} MB")
@@ -74,7 +81,8 @@ class LoadOpenCLIP(io.ComfyNode):
                                 tooltip="Which published weights of the architecture, by open_clip's tag. Only for pretrained tag."),
                 io.Boolean.Input("allow_download", default=False,
                                  tooltip="Off: nothing is downloaded. On: weights of the pretrained tag that are not on this machine are "
-                                         "fetched once into models/open_clip; the node and the log say first what and how large."),
+                                         "fetched once into models/open_clip, if this machine's user allows it (the error says how); the "
+                                         "node and the log say first what and how large."),
             ],
             outputs=[ClipType.Output(display_name="clip", tooltip="The model, for the nodes that curate and check.")],
         )

@@ -7,7 +7,7 @@ import folder_paths
 from safetensors import SafetensorError, safe_open
 
 from ..safe_denoiser import NegationSet, load_bank
-from ..safe_denoiser.clip import CONFIG
+from ..safe_denoiser.clip_files import CONFIG
 from ..safe_denoiser.pictures import EXTENSIONS
 
 PACKED, WEIGHTS = {".zip", ".safetensors"}, {".safetensors", ".bin", ".pt", ".pth"}
@@ -131,3 +131,8 @@ def state(path: Path) -> list:
 def cache(kind: str) -> Path:
     """Folder for what can be made again: user/safe_denoiser/<kind>."""
     return Path(folder_paths.get_user_directory()) / "safe_denoiser" / kind
+
+
+def consent() -> Path:
+    """A file that only this machine's user can make: downloads are allowed where it is."""
+    return Path(folder_paths.get_user_directory()) / "safe_denoiser" / "allow_download"

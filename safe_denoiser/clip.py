@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .bank import LatentCache, fit_picture
+from .clip_files import CONFIG, FITS, check_text, check_weights, read_config, weights_in
 from .negation_set import NegationSet
+from .pictures import printable
 
-CONFIG = "open_clip_config.json"  # beside the weights, in the layout of open_clip's own repositories
-FITS = {"shortest": "crop", "longest": "pad", "squash": "stretch"}  # open_clip's words for how a picture is fitted, and ours
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 BATCH = 32
 
@@ -128,31 +128,33 @@ def load_clip(weights: str | Path, architecture: str = "", dtype: torch.dtype = 
         raise FileNotFoundError(f"CLIP weights {path.name!r} do not exist; put them at {path}")
     whole = path.is_dir()
     name = f"local-dir:{path}" if whole else architecture
-    config = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("model_cfg") if whole else open_clip.get_model_config(name)
-    if config is None:
-        raise ValueError(f"architecture {name!r} is unknown to open_clip; choose the one that {path.name!r} was trained as, or put the "
-                         f"weights into a folder together with their {CONFIG}")
-    _refuse_foreign_text(config, path.name, whole)
+    try:
+        config = read_config(path) if whole else _known(architecture)
+        check_text(config, path.name, whole)
+        check_weights(weights_in(path) if whole else path, config)
+    except ValueError as error:
+        raise ValueError(f"{path.name!r} is not loaded: {error}") from error
     try:
         model = open_clip.create_model(name, None if whole else str(path), precision=PRECISIONS[dtype], weights_only=True,
                                        require_pretrained=True, force_preprocess_cfg=None if whole else _how(open_clip, name))
-    except (RuntimeError, AssertionError, KeyError, pickle.UnpicklingError, SafetensorError) as error:  # others, damaged, or code
-        reason = str(error).partition("\n")[0]
+    except (RuntimeError, AssertionError, KeyError, TypeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = printable(str(error).partition("\n")[0])  # others, or damaged
         raise ValueError(f"{path.name!r} cannot be read as weights of the architecture {CONFIG if whole else name!r} ({reason}); "
                          f"choose the architecture that they were trained as") from error
     how = model.visual.preprocess_cfg
     size = how["size"] if isinstance(how["size"], int) else how["size"][0]
-    return Clip(model.eval().requires_grad_(False), open_clip.get_tokenizer(name), size, FITS[how["resize_mode"]],
+    here_only = dict(trust_remote_code=False, local_files_only=True) if config["text_cfg"].get("hf_tokenizer_name") else {}
+    return Clip(model.eval().requires_grad_(False), open_clip.get_tokenizer(name, **here_only), size, FITS[how["resize_mode"]],
                 torch.tensor(how["mean"]), torch.tensor(how["std"]), dtype)
 
 
-def _refuse_foreign_text(config: dict, name: str, whole: bool) -> None:
-    """Raise where open_clip would go and fetch the text model, or, without a whole folder, the tokenizer."""
-    model, tokenizer = (config["text_cfg"].get(key) for key in ("hf_model_name", "hf_tokenizer_name"))
-    if model or tokenizer and not whole:
-        todo = "choose another CLIP" if model else f"put {CONFIG}, the weights and the tokenizer's files into one folder and choose that"
-        raise ValueError(f"the text part of {name!r} needs files from the repository {model or tokenizer!r}, which are not part of the "
-                         f"weights; {todo}")
+def _known(architecture: str) -> dict:
+    """Configuration of an architecture in open_clip's list; a link may bring any text, and open_clip would fetch what "hf-hub:" names."""
+    open_clip = _open_clip()
+    if architecture not in open_clip.list_models():
+        raise ValueError(f"architecture {printable(str(architecture))!r} is unknown to open_clip; choose the one that the weights were "
+                         f"trained as, or put them into a folder together with their {CONFIG}")
+    return open_clip.get_model_config(architecture)
 
 
 def _how(open_clip, architecture: str, tag: str = "") -> dict:
@@ -169,11 +171,11 @@ def published(architecture: str, tag: str) -> tuple[str, int]:
         ValueError: open_clip knows no such weights, or they would not do without other files.
     """
     open_clip = _open_clip()
-    known = open_clip.get_pretrained_cfg(architecture, tag)
+    config, known = _known(architecture), open_clip.get_pretrained_cfg(architecture, tag)
     if not known:
         raise ValueError(f"open_clip knows no weights {tag!r} of {architecture!r}; choose one of "
                          f"{', '.join(open_clip.list_pretrained_tags_by_model(architecture)) or 'another architecture'}")
-    _refuse_foreign_text(open_clip.get_model_config(architecture), architecture, whole=True)
+    check_text(config, architecture, whole=True)
     repository, file = known.get("hf_hub", "").rpartition("/")[::2]
     if not repository:
         with urllib.request.urlopen(urllib.request.Request(known["url"], method="HEAD")) as answer:
@@ -193,7 +195,7 @@ def fetch(architecture: str, tag: str, folder: str | Path) -> None:
     The folder appears when it is complete, so that an interrupted download is never taken for a model.
     """
     open_clip = _open_clip()
-    known, config, folder = open_clip.get_pretrained_cfg(architecture, tag), open_clip.get_model_config(architecture), Path(folder)
+    known, config, folder = open_clip.get_pretrained_cfg(architecture, tag), _known(architecture), Path(folder)
     part = folder.with_name(f"{folder.name}.part")
     part.mkdir(parents=True, exist_ok=True)
     file = Path(open_clip.download_pretrained(known, cache_dir=str(part / "download")))

@@ -133,8 +133,13 @@ def test_nothing_is_downloaded_unless_asked(pack, run, monkeypatch, comfy):
         run("LoadOpenCLIP", weights="pretrained tag")
     assert str(missing.value) == (
         f"CLIP 'ViT-B-32' with the tag 'laion2b_s34b_b79k' is not on this machine; put its weights into {folder}, as "
-        f"ViT-B-32-laion2b_s34b_b79k.safetensors, and choose that file, or switch allow_download on to fetch it once")
+        f"ViT-B-32-laion2b_s34b_b79k.safetensors, and choose that file; or switch allow_download on, and allow it on this machine: make an "
+        f"empty file {folder.parent.parent / 'user' / 'safe_denoiser' / 'allow_download'}, or start ComfyUI with "
+        f"SAFE_DENOISER_ALLOW_DOWNLOAD=1")
+    with pytest.raises(FileNotFoundError, match="allow it on this machine"):
+        run("LoadOpenCLIP", weights="pretrained tag", allow_download=True)  # as a shared workflow may bring it along
     assert not fetched
+    monkeypatch.setenv("SAFE_DENOISER_ALLOW_DOWNLOAD", "1")
     try:
         for _ in range(2):
             loaded = run("LoadOpenCLIP", weights="pretrained tag", allow_download=True).result[0]

@@ -1,7 +1,9 @@
 """OpenCLIP in the core: loading, embedding, choosing, checking; on the tiny CLIP, which is open_clip's own class."""
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,7 +15,8 @@ from safetensors.torch import load_file
 
 from dev import ROOT
 from safe_denoiser import Bank, LatentCache, NegationSet, SafeDenoiser
-from safe_denoiser.clip import CONFIG, fetch, load_clip, published
+from safe_denoiser.clip import fetch, load_clip, published
+from safe_denoiser.clip_files import CONFIG
 from safe_denoiser.meaning import (
     Checked,
     SemanticPosterior,
@@ -86,7 +89,7 @@ def test_a_file_of_weights_and_an_architecture_are_the_folder(clip, architecture
 def test_what_cannot_be_loaded_says_why(architecture, tmp_path):
     with pytest.raises(FileNotFoundError, match="'gone.pt' do not exist; put them at .*gone.pt"):
         load_clip(tmp_path / "gone.pt", architecture)
-    with pytest.raises(ValueError, match="architecture 'gone' is unknown to open_clip; choose the one that 'open_clip_model.safetensors'"):
+    with pytest.raises(ValueError, match="'open_clip_model.safetensors' is not loaded: architecture 'gone' is unknown to open_clip"):
         load_clip(WEIGHTS, "gone")
     with pytest.raises(ValueError, match="cannot be read as weights of the architecture 'other-test' .*; choose the architecture"):
         load_clip(WEIGHTS, "other-test")
@@ -97,8 +100,126 @@ def test_what_cannot_be_loaded_says_why(architecture, tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(WEIGHTS.read_bytes()[:100_000])
     torch.save({"state_dict": print}, tmp_path / "code.pt")
     for name in ("damaged.safetensors", "code.pt"):
-        with pytest.raises(ValueError, match=f"'{name}' cannot be read as weights"):
+        with pytest.raises(ValueError, match=f"'{name}' (is not loaded: it )?cannot be read as weights"):
             load_clip(tmp_path / name, architecture)
+
+
+# --- what strangers put into folders -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def folder(tmp_path):
+    """The tiny CLIP's folder with one change to its configuration: `folder(text_cfg={"key": value})`."""
+    def changed(**parts):
+        target = tmp_path / "stranger"
+        shutil.copytree(CLIP, target, dirs_exist_ok=True)
+        config = json.loads((CLIP / CONFIG).read_text())
+        for part, values in parts.items():
+            if part == "model_cfg":
+                config |= values
+            else:
+                (config if part == "preprocess_cfg" else config["model_cfg"])[part].update(values)
+        (target / CONFIG).write_text(json.dumps(config))
+        return target
+
+    return changed
+
+
+@pytest.fixture
+def nothing_leaves(monkeypatch):
+    """No connection, no process, no question, no module of the folder: whatever tries is caught."""
+    import builtins
+    import socket
+
+    for owner, name in ((socket.socket, "connect"), (socket, "create_connection"), (socket, "getaddrinfo"), (subprocess, "Popen"),
+                        (builtins, "input"), (os, "system")):
+        monkeypatch.setattr(owner, name, lambda *args, name=name, **_: pytest.fail(f"{name} {args}"))
+
+
+@pytest.mark.parametrize("parts, told", [
+    (dict(text_cfg={"tokenizer_kwargs": {"trust_remote_code": True}}), "sets trust_remote_code in tokenizer_kwargs"),
+    (dict(text_cfg={"tokenizer_kwargs": {"bpe_path": "/etc/passwd"}}), "sets bpe_path in tokenizer_kwargs"),
+    (dict(text_cfg={"bpe_path": "/etc/passwd"}), "sets bpe_path in text_cfg"),
+    (dict(text_cfg={"hf_model_name": "someone/model"}), "names 'someone/model' as hf_model_name"),
+    (dict(text_cfg={"hf_model_name": "roberta-base"}), "needs files from the repository 'roberta-base'"),
+    (dict(text_cfg={"auto_map": {"AutoTokenizer": "code.Tokenizer"}}), "sets auto_map in text_cfg"),
+    (dict(vision_cfg={"timm_model_name": "hf-hub:someone/model"}), "names 'hf-hub:someone/model' as timm_model_name"),
+    (dict(vision_cfg={"timm_model_name": "hf_hub:someone/model"}), "as timm_model_name"),
+    (dict(vision_cfg={"timm_model_name": "local-dir:/tmp/model"}), "as timm_model_name"),
+    (dict(vision_cfg={"pretrained_cfg": {"url": "x"}}), "sets pretrained_cfg in vision_cfg"),
+    (dict(vision_cfg={"layers": 40, "width": 20_000}), "vision_cfg is of 40 layers of width 20000, for which there are too few weights"),
+    (dict(vision_cfg={"width": 10**12}), "sets width to 1000000000000"),
+    (dict(text_cfg={"width": float("nan")}), "sets width to nan"),
+    (dict(text_cfg={"act_kwargs": {"__class__": 1}}), "sets __class__ in act_kwargs"),
+    (dict(model_cfg={"model_cfg": []}), "is no configuration of open_clip"),
+    (dict(text_cfg={"norm_kwargs": [[{"eps": 1}]]}), "cannot be read as weights"),
+    (dict(preprocess_cfg={"resize_mode": "none"}), "prepares pictures in an unknown way"),
+    (dict(preprocess_cfg={"mean": [0.5]}), "prepares pictures in an unknown way"),
+    (dict(vision_cfg={"layers": "many"}), "cannot be read as weights|is not loaded"),
+])
+def test_a_configuration_says_numbers_and_names_and_nothing_else(parts, told, folder, nothing_leaves):
+    with pytest.raises(ValueError, match=told):
+        load_clip(folder(**parts))
+
+
+def test_a_model_of_timm_is_named_and_never_fetched(folder, nothing_leaves):
+    path = folder(vision_cfg={"timm_model_name": "resnet18", "timm_model_pretrained": True})
+    with pytest.raises(ValueError, match="cannot be read as weights"):  # these weights are of another model
+        load_clip(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("text", ['{"auto_map": {"AutoTokenizer": ["code.Evil", null]}}', '{"\\u0061uto_map": {}}', "[" * 10_000, "{"])
+def test_a_tokenizer_that_is_a_program_is_refused(name, text, folder, nothing_leaves):
+    path = folder(text_cfg={"hf_tokenizer_name": "someone/tokenizer"})
+    (path / name).write_text(text)
+    (path / "code.py").write_text("raise SystemExit('code of the folder ran')")
+    with pytest.raises(ValueError, match="auto_map., which is never done|cannot be read; copy it again"):
+        load_clip(path)
+
+
+def test_a_tokenizer_that_is_not_in_the_folder_is_not_fetched(folder, nothing_leaves):
+    pytest.importorskip("transformers")
+    with pytest.raises((OSError, ValueError)):
+        load_clip(folder(text_cfg={"hf_tokenizer_name": "someone/tokenizer"}))
+
+
+class Runs:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code of the file ran')",)
+
+
+def test_weights_are_numbers_and_nothing_else(architecture, folder, tmp_path, nothing_leaves):
+    path, bare = folder(), tmp_path / "bare.pt"
+    torch.save({"state_dict": Runs()}, tmp_path / "zipped.pt")
+    torch.save({"state_dict": load_file(WEIGHTS)}, bare, _use_new_zipfile_serialization=False)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "program.pt")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "no_dict.pt").write_bytes(b"")
+    torch.save([1, 2], tmp_path / "list.pt")
+    refused = {"zipped.pt": "cannot be read as weights", "bare.pt": "is a bare pickle", "program.pt": "is a TorchScript program",
+               "empty.safetensors": "too few weights", "no_dict.pt": "bare pickle or damaged", "list.pt": "too few weights"}
+    for name, told in refused.items():
+        with pytest.raises(ValueError, match=told):
+            load_clip(tmp_path / name, architecture)
+        if not name.endswith(".safetensors"):
+            (path / WEIGHTS.name).unlink(missing_ok=True)
+            shutil.copy(tmp_path / name, path / "open_clip_pytorch_model.bin")
+            with pytest.raises(ValueError, match=told):
+                load_clip(path)
+    (path / "open_clip_pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match="there are no weights beside its open_clip_config.json"):
+        load_clip(path)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:someone/model", "local-dir:/tmp", "../../x", "", "ViT-B-32\n"])
+def test_an_architecture_is_one_of_the_list_whatever_a_link_brings(name, nothing_leaves, tmp_path):
+    with pytest.raises(ValueError, match="is unknown to open_clip"):
+        load_clip(WEIGHTS, name)
+    with pytest.raises(ValueError, match="is unknown to open_clip"):
+        published(name, "openai")
+    with pytest.raises(ValueError, match="is unknown to open_clip"):
+        fetch(name, "openai", tmp_path / "fetched")
+    assert not (tmp_path / "fetched").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
