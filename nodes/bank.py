@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from ..safe_denoiser import LatentCache, compress_bank, encode_bank, index_bank, load_bank, save_bank
 from ..safe_denoiser.bank import FITS
 from . import folders
-from .fingerprint import fingerprint, fingerprint_weights
+from .fingerprint import fingerprint, fingerprint_model
 from .live import progress
 from .types import CATEGORY, NegationBankType, NegationSetType, found_by
 
@@ -97,7 +97,7 @@ class BuildNegationBank(io.ComfyNode):
 
     @classmethod
     def execute(cls, negation_set, vae, latent, fit, prototypes=0) -> io.NodeOutput:
-        encoder = fingerprint(fingerprint_weights(vae.patcher), str(vae.vae_dtype))
+        encoder = fingerprint(fingerprint_model(vae.patcher), str(vae.vae_dtype))
         cache = LatentCache(folders.cache("latents"), encoder, folders.CACHE_LIMIT)
         bank = encode_bank(negation_set, lambda image: vae.encode(image[None])[0], image_size(latent, vae), fit,
                            progress(len(negation_set)), cache)

@@ -17,7 +17,7 @@ from ..safe_denoiser.meaning import SemanticPosterior, alarm_threshold, check, c
 from ..safe_denoiser.negation_set import evenly
 from . import folders
 from .bank import picture_stream
-from .fingerprint import fingerprint_weights
+from .fingerprint import fingerprint_model
 from .live import Live, progress
 from .negation_set import preview_input, to_image
 from .types import CATEGORY, PREVIEWS, CheckedType, ClipType, NegationSetType, SemanticType, found_by
@@ -29,7 +29,7 @@ PASSING = ExecutionBlocker(None)  # in place of an empty batch: what follows doe
 def architectures() -> list[str]:
     """Names of the architectures that open_clip knows, read from its folder: importing it takes seconds."""
     found = find_spec("open_clip")
-    configs = Path(found.origin).parent.glob("model_configs/*.json") if found else ()
+    configs = Path(found.origin).parent.glob("model_configs/*.json") if found and found.origin else ()
     return sorted((path.stem for path in configs), key=str.lower) or ["ViT-B-32"]
 
 
@@ -107,7 +107,7 @@ class LoadOpenCLIP(io.ComfyNode):
             comfy.model_management.load_model_gpu(patcher)
             return patcher.load_device
 
-        return io.NodeOutput(replace(clip, ready=ready, cache=LatentCache(folders.cache("embeddings"), fingerprint_weights(patcher))))
+        return io.NodeOutput(replace(clip, ready=ready, cache=LatentCache(folders.cache("embeddings"), fingerprint_model(patcher))))
 
 
 def embed(clip, negation_set: NegationSet) -> torch.Tensor:

@@ -1,5 +1,9 @@
 """Where sets, banks and caches live: under ComfyUI's own directories, never elsewhere."""
+import logging
 import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -8,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 
 from ..safe_denoiser import NegationSet, load_bank
 from ..safe_denoiser.clip_files import CONFIG
-from ..safe_denoiser.pictures import EXTENSIONS
+from ..safe_denoiser.pictures import EXTENSIONS, printable, state_of
 
 PACKED, WEIGHTS = {".zip", ".safetensors"}, {".safetensors", ".bin", ".pt", ".pth"}
 SETS, BANKS, CLIPS = "negation_sets", "negation_banks", "open_clip"
 CACHE_LIMIT = float(os.environ.get("SAFE_DENOISER_CACHE_GB", 8)) * 2**30  # bytes of each cache; beyond, the oldest files go
+_left_out: set[Path] = set()  # entries of which it was said
 TINY = Path(__file__).resolve().parent.parent / "tiny_digits" / "models"
 
 
@@ -35,43 +40,70 @@ def searched(kind: str) -> list[Path]:
     return roots(kind) + {SETS: roots(BANKS)[:1], CLIPS: roots("clip_vision")}.get(kind, [])
 
 
+def _files(root: Path, wanted: Callable[[Path], bool]) -> Iterator[tuple[Path, str]]:
+    """(path, name below the root) of the regular files under a root that are wanted; links are not followed into other folders.
+
+    Nothing in somebody's folder may raise here: a schema that raises takes the whole pack out of ComfyUI.
+    """
+    for folder, _, names in os.walk(root):
+        for path in (Path(folder, name) for name in names):
+            try:
+                if wanted(path) and stat.S_ISREG(path.stat().st_mode):  # no pipes, sockets, devices, or links that lead nowhere
+                    yield path, path.relative_to(root).as_posix().encode().decode()
+            except (OSError, ValueError) as error:
+                _leave_out(path, error)
+
+
+def _leave_out(path: Path, error: Exception) -> None:
+    """Say once in the log why an entry is not in a list."""
+    if path not in _left_out:
+        _left_out.add(path)
+        logging.warning("safe denoiser: %r is left out of the lists (%s)", str(path), type(error).__name__)
+
+
 def list_sets() -> list[str]:
     """Names of all folders that hold pictures, "people/alice" style, and of all zip files and saved banks, with their suffix."""
-    names = set()
+    names, known = set(), set()
+
+    def wanted(path: Path) -> bool:
+        return path.suffix.lower() in PACKED or path.suffix.lower() in EXTENSIONS and path.parent not in known
+
     for root in searched(SETS):
-        for folder, _, files in os.walk(root):
-            place = Path(folder).relative_to(root)
-            if place.parts and any(os.path.splitext(file)[1].lower() in EXTENSIONS for file in files):
-                names.add(place.as_posix())
-            names |= {(place / file).as_posix() for file in files if os.path.splitext(file)[1].lower() in PACKED}
+        known.add(root)  # pictures that lie there are of no set
+        for path, name in _files(root, wanted):
+            if path.suffix.lower() not in PACKED:
+                known.add(path.parent)
+                name = name.rpartition("/")[0]
+            names.add(name)
     return sorted(names)
 
 
 def list_banks() -> list[str]:
     """Names of all safetensors files in the bank folders."""
-    return sorted({path.relative_to(root).as_posix() for root in roots(BANKS) for path in root.rglob("*.safetensors")})
+    return sorted({name for root in roots(BANKS) for _, name in _files(root, lambda path: path.suffix == ".safetensors")})
 
 
 def list_clips() -> list[str]:
     """Names of all CLIP models: folders with open_clip's configuration, files of weights, and those of clip_vision that are whole."""
     names = set()
     for root in roots(CLIPS):
-        whole = {path.parent for path in root.rglob(CONFIG)}
-        names |= {path.relative_to(root).as_posix() for path in whole}
-        names |= {path.relative_to(root).as_posix() for path in root.rglob("*")
-                  if path.suffix.lower() in WEIGHTS and not whole.intersection(path.parents)}
+        files = dict(_files(root, lambda path: path.name == CONFIG or path.suffix.lower() in WEIGHTS))
+        whole = {path.parent: name.rpartition("/")[0] for path, name in files.items() if path.name == CONFIG}
+        names |= {name for name in whole.values() if name}
+        names |= {name for path, name in files.items() if path.name != CONFIG and not whole.keys() & set(path.parents)}
     for root in roots("clip_vision"):
-        names |= {path.relative_to(root).as_posix() for path in root.rglob("*.safetensors") if _is_whole(path, path.stat().st_mtime_ns)}
+        names |= {name for path, name in _files(root, lambda path: path.suffix == ".safetensors") if _is_whole(path, state_of(path))}
     return sorted(names)
 
 
 @lru_cache(maxsize=1000)
-def _is_whole(path: Path, _mtime_ns: int) -> bool:
+def _is_whole(path: Path, _state: tuple[int, ...]) -> bool:
     """Whether a file has both halves of a CLIP in open_clip's format: most files of clip_vision have no text half."""
     try:
         with safe_open(path, "pt") as file:
             keys = list(file.keys())
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError) as error:
+        _leave_out(path, error)
         return False
     return any(key.startswith("visual.") for key in keys) and any(key.endswith("token_embedding.weight") for key in keys)
 
@@ -101,13 +133,20 @@ def resolve(kind: str, name: str) -> Path:
         ValueError: the name leads out of the folders, by "..", as an absolute path or through a link.
         FileNotFoundError: there is none.
     """
+    if not isinstance(name, str) or "\0" in name:
+        raise ValueError(f"{printable(repr(name))} is not a name; choose one of the list")
     for root in searched(kind):
         path = root / name
-        if not name or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
-            raise ValueError(f"{name!r} leads out of ComfyUI's {kind} folder; put it into {root} and choose it by name")
-        if path.exists():
+        try:
+            inside, there = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)), path.exists()
+        except (OSError, UnicodeError):  # longer than a name may be, or with letters that none may have
+            inside, there = True, False
+        if not name or not inside:
+            raise ValueError(f"{printable(name)!r} leads out of ComfyUI's {kind} folder; put it into {root} and choose it by name")
+        if there:
             return path
-    what, missing = kind.removesuffix("s").replace("_", " "), roots(kind)[0] / name
+    what, name = kind.removesuffix("s").replace("_", " "), printable(name)
+    missing = roots(kind)[0] / name
     is_file = missing.suffix.lower() in PACKED | WEIGHTS
     todo = f"put the file there: {missing}" if is_file else f"create {missing} and put the pictures into it"
     raise FileNotFoundError(f"{what} {name!r} is not on this machine; {todo}, then press R")
@@ -123,9 +162,13 @@ def problem(kind: str, name: str) -> bool | str:
 
 
 def state(path: Path) -> list:
-    """Name, size and time of a file, or of every file of a folder: changes when they change."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [(file.name, status.st_size, status.st_mtime_ns) for file in files if file.is_file() for status in [file.stat()]]
+    """Names, sizes and times of a file, or of every file of a folder: changes when they change."""
+    found = []
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with suppress(OSError):  # gone in the meantime, or a link that leads nowhere
+            if file.is_file():
+                found.append((file.name, *state_of(file)))
+    return found
 
 
 def cache(kind: str) -> Path:

@@ -1,6 +1,4 @@
 """Sample Reference Bank: what the model makes by itself."""
-import os
-
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -8,19 +6,22 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
-from ..safe_denoiser import Bank, load_bank, save_bank
-from ..safe_denoiser.bank import trim
+from ..safe_denoiser import Bank, LatentCache
 from . import folders
 from .bank import parts_of, picture_stream, require_pictures, resizing
-from .fingerprint import fingerprint, fingerprint_weights
+from .fingerprint import fingerprint, fingerprint_model
 from .types import CATEGORY, NegationBankType, found_by
 
 
-def sample_bank(model, conditioning, streams, count, seed, steps, sampler_name, scheduler, batch_size) -> Bank:
+def sample_bank(model, conditioning, streams, count, seed, steps, sampler_name, scheduler, batch_size, cache: LatentCache) -> Bank:
     """`count` samples of the model at cfg 1, as a bank of raw VAE latents; progress and interrupt after each model step.
 
     Args:
         streams: shapes of what is sampled, without the batch: of the picture, and of the sound beside it where the model makes both.
+        cache: each batch is kept there as soon as it is made, so that an interrupt loses one at most.
+
+    Raises:
+        ValueError: the model makes no numbers.
     """
     latents, bar = [], comfy.utils.ProgressBar(steps * -(-count // batch_size))
     generator = torch.Generator().manual_seed(seed)
@@ -37,11 +38,17 @@ def sample_bank(model, conditioning, streams, count, seed, steps, sampler_name, 
         return NestedTensor(drawn)
 
     for start in range(0, count, batch_size):
-        size = min(batch_size, count - start)
-        empty, noise = draw(torch.zeros, size), draw(lambda shape: torch.randn(shape, generator=generator), size)
-        sampled = comfy.sample.sample(model, noise, steps, 1.0, sampler_name, scheduler, conditioning, conditioning, empty,
-                                      callback=after_step, disable_pbar=True, seed=seed + start)
-        latents.append(picture_stream(sampled).cpu())
+        size, path = min(batch_size, count - start), cache.path(f"samples from {start}", streams[0], "")
+        noise = draw(lambda shape: torch.randn(shape, generator=generator), size)  # as well where it is not needed: the next are the same
+        found = cache.get(path)
+        if found is None or len(found) != size:
+            sampled = comfy.sample.sample(model, noise, steps, 1.0, sampler_name, scheduler, conditioning, conditioning,
+                                          draw(torch.zeros, size), callback=after_step, disable_pbar=True, seed=seed + start)
+            found = picture_stream(sampled).cpu()
+            if not bool(found.isfinite().all()):
+                raise ValueError("the model gives NaN or infinity, so what it makes cannot be a reference; sample with it, and see why")
+            cache.put(path, found.contiguous())
+        latents.append(found)
     return Bank(torch.cat(latents), metadata={"space": "vae", "source": "reference samples"})
 
 
@@ -87,12 +94,10 @@ class SampleReferenceBank(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent, conditioning, count, seed, steps, sampler_name, scheduler, batch_size) -> io.NodeOutput:
         settings = (streams(model, latent), count, seed, steps, sampler_name, scheduler, batch_size)
-        path = folders.cache("reference") / f"{fingerprint(fingerprint_weights(model), conditioning, *settings)}.safetensors"
-        if not path.exists():
-            save_bank(sample_bank(model, conditioning, *settings), path)
-        bank = load_bank(path)
-        os.utime(path)
-        trim(path.parent, folders.CACHE_LIMIT)
+        key = fingerprint(fingerprint_model(model), conditioning, *settings)
+        cache = LatentCache(folders.cache("reference"), key, folders.CACHE_LIMIT)
+        bank = sample_bank(model, conditioning, *settings, cache)
+        cache.trim()
         return io.NodeOutput(bank)
 
 

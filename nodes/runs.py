@@ -14,7 +14,7 @@ from comfy_execution.utils import get_executing_context
 
 from ..safe_denoiser import Report
 from .bank import parts_of
-from .fingerprint import fingerprint
+from .fingerprint import PLAIN, fingerprint
 
 LATEST, RESUMABLE = 64, 4  # runs of which the report is kept, a few numbers per model call; and of which the memory is, a latent at most
 
@@ -52,7 +52,7 @@ def remember(report: Report, samples, memory: dict, conds: dict, sigma: float) -
         conds: that it was sampled under; what it remembers holds under these.
     """
     key = _key(report, samples)
-    _runs[key] = Kept(replace(report, steps=[*report.steps], notes=[*report.notes]), memory, fingerprint(conds), sigma)
+    _runs[key] = Kept(replace(report, steps=[*report.steps], notes=[*report.notes]), memory, _told(conds), sigma)
     _runs.move_to_end(key)
     while len(_runs) > LATEST:
         _runs.popitem(last=False)
@@ -65,7 +65,19 @@ def remembered(report: Report, samples, conds: dict, sigma: float) -> dict:
     higher. Else an empty one.
     """
     kept = _runs.get(_key(report, samples))
-    return _copied(kept.memory) if kept and kept.conds == fingerprint(conds) and sigma <= kept.sigma * (1 + 1e-4) else {}
+    return _copied(kept.memory) if kept and kept.conds == _told(conds) and sigma <= kept.sigma * (1 + 1e-4) else {}
+
+
+def _told(conds: dict) -> str:
+    """Of conditions in this process: hooks, ControlNets and other models are told by which object they are."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(one) for key, one in value.items() if key != "uuid"}  # drawn anew for each run
+        if isinstance(value, (list, tuple)):
+            return [*map(plain, value)]
+        return value if isinstance(value, (*PLAIN, torch.Tensor)) else id(value)
+
+    return fingerprint(plain(conds))
 
 
 def _copied(memory: dict) -> dict:
