@@ -28,6 +28,10 @@ PUSHES = ("guided", "unconditional")
 TUNED = {"evidence": (0.25, 3.0), "retain": (0.4, 3.0), "unconditional": (0.3, 1.5), "gaussian": (0.3, 3.0)}  # prior and evidence
 TUNED_PARTS = {"evidence": (0.6, 10.0), "retain": (0.3, 10.0)}  # the same inside a window
 PLAIN = (0.25, 0.0)  # the others are there for comparison, as published: no evidence
+RANGES = {  # of the settings that are numbers
+    "strength": (-1e6, 1e6), "sigma_start": (0, math.inf), "sigma_end": (0, math.inf), "prior": (1e-12, 1 - 1e-15), "evidence": (0, 1e6),
+    "bandwidth": (0, 1e30), "temperature": (1e-6, 1e30), "posterior_max": (1e-12, 1 - 1e-15), "beta_max": (0, 1e6), "radius": (0, math.inf),
+    "threshold": (0, math.inf), "parts": (1, 64)}
 RELEASE = 0.7, 0.9  # share of the way to E_u that a prompt pulls: where its guidance begins to be let go, and where all of it is
 SEEN = 0.85  # area under the ROC curve of banks by distance, from which kernels are trusted: digits 0.88 to 0.99, photographs below 0.83
 COPIES = 0.02  # share of copies of a bank's pictures in what the model makes, from which they count as memorised
@@ -191,8 +195,10 @@ class SafeDenoiser:
         if (self.parts or 1) > 1 and not self._compares:
             raise ValueError(f"parts is {self.parts}, and only safe_denoiser with a reference or retain bank can tell which part of a "
                              f"picture is meant; connect one, or set parts to 1")
-        if not 0 < (self.prior or 0.5) < 1 or not 0 < self.posterior_max < 1:
-            raise ValueError(f"prior is {self.prior} and posterior_max is {self.posterior_max}; both lie between 0 and 1")
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:  # NaN is in no range
+                raise ValueError(f"{name} is {value}; it lies between {least:g} and {most:g}")
 
     @property
     def other(self) -> Bank | None:
@@ -573,15 +579,15 @@ class SafeDenoiser:
             by_parts = not self._hears(prediction) and self.inside
             correction = self._by_parts(prediction, mask) if by_parts else self.correct_inside(mask, prediction)
         corrected = predicted + self.strength * correction.direction
-        finite = torch.isfinite(corrected).all(1)
+        size = abs(self.strength) * correction.direction.norm(dim=1) / predicted.norm(dim=1).clamp_min(1e-12)
+        finite = torch.isfinite(corrected).all(1) & torch.isfinite(size)
         active = inside & finite
-        step = self.step(predicted, correction, sigma, active, inside & ~finite)
+        step = self.step(correction, sigma, active, inside & ~finite, size)
         keep = active.view(-1, *[1] * (shaped.ndim - 1))
         return restore(torch.where(keep, corrected.view_as(shaped).to(denoised.dtype), shaped)), step
 
-    def step(self, predicted: Tensor, correction: Correction, sigma: Tensor, active: Tensor, fallback: Tensor) -> Step:
-        """What the report will say of a correction."""
-        size = abs(self.strength) * correction.direction.norm(dim=1) / predicted.norm(dim=1).clamp_min(1e-12)
+    def step(self, correction: Correction, sigma: Tensor, active: Tensor, fallback: Tensor, size: Tensor) -> Step:
+        """What the report will say of a correction of this size."""
         values = (correction.posterior, size, correction.nearest)
         t = torch.full_like(sigma, math.nan) if correction.projection is None else correction.projection
         return Step(sigma, active, *(torch.where(active, value, 0) for value in values), clamped=active & correction.clamped,

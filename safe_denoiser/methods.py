@@ -128,9 +128,10 @@ def sgf(denoised: Tensor, latents: Tensor, bandwidth: float) -> tuple[Tensor, Te
     Returns:
         direction (B, D) and the kernel values (B, N).
     """
-    kernel = (-squared_distances(denoised, latents, rows(1.0, denoised)) / (2 * bandwidth**2)).exp()
+    squared = max(bandwidth, 1e-12) ** 2  # of items that are all alike it is 0
+    kernel = (-squared_distances(denoised, latents, rows(1.0, denoised)) / (2 * squared)).exp()
     mean = kernel / kernel.sum(1, keepdim=True).clamp_min(1e-30) @ latents
-    return 2 / bandwidth**2 * kernel.mean(1, keepdim=True) * (denoised - mean), kernel
+    return 2 / squared * kernel.mean(1, keepdim=True) * (denoised - mean), kernel
 
 
 def official(denoised: Tensor, latents: Tensor, bandwidth: float, threshold: float, query: Tensor) -> tuple[Tensor, Tensor]:
