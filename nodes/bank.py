@@ -100,7 +100,7 @@ class BuildNegationBank(io.ComfyNode):
         encoder = fingerprint(fingerprint_model(vae.patcher), str(vae.vae_dtype))
         cache = LatentCache(folders.cache("latents"), encoder, folders.CACHE_LIMIT)
         bank = encode_bank(negation_set, lambda image: vae.encode(image[None])[0], image_size(latent, vae), fit,
-                           progress(len(negation_set)), cache)
+                           progress(), cache)
         metadata = {**bank.metadata, "space": "vae", "skipped": json.dumps(negation_set.skipped)}
         bank = replace(bank, metadata=metadata)
         if prototypes:

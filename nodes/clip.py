@@ -111,7 +111,7 @@ class LoadOpenCLIP(io.ComfyNode):
 
 
 def embed(clip, negation_set: NegationSet) -> torch.Tensor:
-    return clip.pictures(negation_set, progress(len(negation_set)))
+    return clip.pictures(negation_set, progress())
 
 
 def clip_inputs(what: str) -> list[io.Input]:

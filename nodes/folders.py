@@ -108,17 +108,17 @@ def _is_whole(path: Path, _state: tuple[int, ...]) -> bool:
     return any(key.startswith("visual.") for key in keys) and any(key.endswith("token_embedding.weight") for key in keys)
 
 
-def read_set(name: str, max_images: int) -> NegationSet:
-    """The set of that name: a folder, a zip file or a saved bank.
+def read_set(name: str, max_images: int, progress: Callable[[int, int], None]) -> NegationSet:
+    """The set of that name: a folder, a zip file or a saved bank; `progress` as `NegationSet.from_folder` wants it.
 
     Raises:
         ValueError, FileNotFoundError: as `resolve`, or what is wrong with the file or folder.
     """
     path = resolve(SETS, name)
     if path.suffix.lower() == ".zip":
-        return NegationSet.from_zip(path, max_images)
+        return NegationSet.from_zip(path, max_images, progress)
     if path.suffix.lower() != ".safetensors":
-        return NegationSet.from_folder(path, max_images)
+        return NegationSet.from_folder(path, max_images, progress)
     bank, end = load_bank(path), max_images or None
     if bank.metadata.get("space") != "vae":
         raise ValueError(f"{path.name!r} is a bank in the space of {bank.metadata.get('space', 'an unknown model')}, not of a VAE; "

@@ -10,15 +10,18 @@ from comfy_execution.utils import get_executing_context
 from ..safe_denoiser import Report
 from ..safe_denoiser.report import live
 
-SECONDS = 0.5  # between two messages: each one reads numbers from the device
+SECONDS, BAR = 0.5, 0.05  # between two messages, of which each reads numbers from the device; and between two moves of a bar
 
 
-def progress(total: int) -> Callable[[int, int], None]:
+def progress() -> Callable[[int, int], None]:
     """`progress(done, total)` for the core: moves the node's bar, and raises where the user interrupts."""
-    bar = comfy.utils.ProgressBar(total)
+    bar, spoke = comfy.utils.ProgressBar(0), 0.0
 
-    def tell(done: int, _total: int) -> None:
-        bar.update_absolute(done)
+    def tell(done: int, total: int) -> None:
+        nonlocal spoke
+        if done == total or time.monotonic() - spoke > BAR:  # thousands that are done already take no time to tell
+            spoke = time.monotonic()
+            bar.update_absolute(done, total)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     return tell

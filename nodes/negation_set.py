@@ -8,6 +8,7 @@ from PIL import Image
 
 from ..safe_denoiser import NegationSet, combine_sets
 from . import folders
+from .live import progress
 from .types import CATEGORY, PREVIEWS, NegationSetType, found_by
 
 
@@ -67,7 +68,7 @@ class LoadNegationSet(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder, max_images, preview) -> io.NodeOutput:
-        negation_set = folders.read_set(folder, max_images)
+        negation_set = folders.read_set(folder, max_images, progress())
         info = describe(negation_set, folder)
         if negation_set.skipped:
             logging.warning("Load Negation Set: %s", info)

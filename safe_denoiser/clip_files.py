@@ -118,4 +118,5 @@ def check_weights(file: Path, config: dict) -> None:
     for part in ("vision_cfg", "text_cfg"):
         layers, width = config[part].get("layers", 0), config[part].get("width", 0)
         if isinstance(layers, int) and isinstance(width, int) and 12 * layers * width**2 > 2 * file.stat().st_size:
-            raise ValueError(f"its {part} is of {layers} layers of width {width}, for which there are too few weights")
+            raise ValueError(f"its {part} is of {layers} layers of width {width}, for which there are too few weights; "
+                             f"choose the architecture that they were trained as, or copy them again")

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
-from .pictures import EXTENSIONS, LARGEST, File, archive, blur, examine, printable, state_of
+from .pictures import EXTENSIONS, LARGEST, File, archive, blur, examine, printable, state_of, write
 
 
 def _natural(name: str) -> list:
@@ -47,12 +47,13 @@ class NegationSet:
     size: int = 0
 
     @classmethod
-    def from_folder(cls, path: str | Path, max_images: int = 0) -> "NegationSet":
+    def from_folder(cls, path: str | Path, max_images: int = 0, progress: Callable[[int, int], None] | None = None) -> "NegationSet":
         """The pictures of one folder (not of its subfolders), in natural order of their names.
 
         Args:
             path: the folder.
             max_images: read at most this many pictures; 0 reads all.
+            progress: called as progress(done, total) after each file that is examined; may raise to interrupt.
 
         Raises:
             FileNotFoundError: the folder is missing.
@@ -62,17 +63,19 @@ class NegationSet:
         if not folder.is_dir():
             raise FileNotFoundError(f"negation set folder {folder.name!r} does not exist; create {folder} "
                                     f"and put the pictures that must not come out into it")
-        files = (file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and not file.is_dir())
-        found = cls._gather(((file.name, cls._file(file, folder)) for file in sorted(files, key=lambda f: _natural(f.name))), max_images)
+        files = sorted((file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and not file.is_dir()),
+                       key=lambda file: _natural(file.name))
+        found = cls._gather(((file.name, cls._file(file, folder)) for file in files), len(files), max_images, progress)
         return found._or_complain(f"folder {folder.name!r}", f"put PNG, JPEG or WebP files into {folder}")
 
     @classmethod
-    def from_zip(cls, path: str | Path, max_images: int = 0) -> "NegationSet":
+    def from_zip(cls, path: str | Path, max_images: int = 0, progress: Callable[[int, int], None] | None = None) -> "NegationSet":
         """The pictures of a zip file, in all its folders, in natural order of their names; nothing is unpacked to disk.
 
         Args:
             path: the zip file.
             max_images: read at most this many pictures; 0 reads all.
+            progress: called as progress(done, total) after each file that is examined; may raise to interrupt.
 
         Raises:
             FileNotFoundError: the file is missing.
@@ -88,7 +91,8 @@ class NegationSet:
             raise ValueError(f"negation set {path.name!r} is not a readable zip file ({error}); make or copy it again") from error
         pictures = {m.filename: m for m in members if PurePosixPath(m.filename).suffix.lower() in EXTENSIONS | {".zip"} and not m.is_dir()
                     and not PurePosixPath(m.filename).name.startswith("._")}  # what macOS adds
-        found = cls._gather(((name, cls._member(path, pictures[name], state)) for name in sorted(pictures, key=_natural)), max_images)
+        found = cls._gather(((name, cls._member(path, pictures[name], state)) for name in sorted(pictures, key=_natural)), len(pictures),
+                            max_images, progress)
         return found._or_complain(f"zip file {path.name!r}", f"put PNG, JPEG or WebP files into {path}")
 
     @staticmethod
@@ -119,15 +123,17 @@ class NegationSet:
         return File(path, state, member.filename), member.file_size
 
     @classmethod
-    def _gather(cls, candidates: Iterable[tuple[str, tuple[File | str, int]]], max_images: int) -> "NegationSet":
+    def _gather(cls, candidates: Iterable[tuple[str, tuple[File | str, int]]], count: int, max_images: int, progress) -> "NegationSet":
         """The set of those that are readable, by name."""
         kept, skipped = [], []
-        for name, (file, size) in candidates:
+        for done, (name, (file, size)) in enumerate(candidates, 1):
             fingerprint, reason = ("", file) if isinstance(file, str) else examine(file)
             if reason:
                 skipped.append((printable(name), reason))
             else:
                 kept.append((printable(name), size, file, fingerprint))
+            if progress:
+                progress(done, min(count, max_images or count))
             if max_images and len(kept) >= max_images:
                 break
         names, sizes, readers, fingerprints = zip(*kept) if kept else ((), (), (), ())
@@ -225,12 +231,12 @@ class NegationSet:
         sheet = Image.new("RGB", (tile * columns, top + (tile + foot) * -(-len(rows) // columns)), "black")
         draw = ImageDraw.Draw(sheet)
         for row, text in enumerate(lines):
-            _write(draw, (4, 2 + row * line), text, sheet.width - 8, 22)
+            write(draw, (4, 2 + row * line), printable(text), "white", 22, width=sheet.width - 8)
         for place, i in enumerate(rows):
             corner = place % columns * tile, top + place // columns * (tile + foot)
             sheet.paste(self.thumbnail(i, tile, blurred), corner)
             if captions:
-                _write(draw, (corner[0] + 2, corner[1] + tile + 1), captions[place], tile - 4, 14)
+                write(draw, (corner[0] + 2, corner[1] + tile + 1), printable(captions[place]), "white", 14, width=tile - 4)
         return sheet
 
     def thumbnail(self, i: int, tile: int, blurred: bool = True) -> Image.Image:
@@ -244,14 +250,6 @@ class NegationSet:
 def evenly(rows: Sequence[int], count: int) -> list[int]:
     """Up to `count` of these, evenly picked, in order."""
     return [rows[i * len(rows) // min(count, len(rows))] for i in range(min(count, len(rows)))]
-
-
-def _write(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: int, size: int) -> None:
-    """A line of text, cut short with an ellipsis where it is wider than `width`."""
-    font = ImageFont.load_default(size)
-    while font.getlength(text) > width:
-        text = text[:-2].removesuffix("\N{HORIZONTAL ELLIPSIS}") + "\N{HORIZONTAL ELLIPSIS}"
-    draw.text(corner, text, "white", font)
 
 
 def combine_sets(sets: Sequence[NegationSet], weights: Sequence[float] = ()) -> NegationSet:

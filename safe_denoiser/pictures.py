@@ -1,6 +1,7 @@
 """Picture files, on disk or inside a zip file: which are readable, and their pixels."""
 import hashlib
 import io
+import math
 import os
 import re
 import warnings
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # What Pillow may open, by the name of its decoder: others start programs (PostScript), or need them.
 DECODERS = {"PNG": ".png .apng", "JPEG": ".jpg .jpeg .jfif", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "TIFF": ".tif .tiff",
@@ -159,10 +160,25 @@ def decode(data: bytes) -> torch.Tensor:
         if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit grey: Pillow would clip it at 255
             grey = np.asarray(picture, dtype=np.float32) / (1.0 if picture.mode == "F" else 65535.0)
             return torch.from_numpy(grey).nan_to_num(0).clamp(0, 1)[:, :, None].expand(-1, -1, 3)
-        if picture.has_transparency_data:
+        if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32) / 255)
+
+
+def write(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, fill: str, size: int, anchor: str = "la",
+          width: float = math.inf) -> None:
+    """Text on a picture, cut short with an ellipsis where a line of it is wider than `width`; anchors as Pillow names them."""
+    try:
+        font = ImageFont.load_default(size)
+    except TypeError:  # Pillow before 10.1: one small font, which knows Latin letters only and no anchors
+        font, text = ImageFont.load_default(), text.encode("latin-1", "replace").decode("latin-1")
+        right, lower = font.getbbox(text)[2:] if anchor != "la" else (0, 0)
+        place = place[0] - {"l": 0, "m": right / 2, "r": right}[anchor[0]], place[1] - {"a": 0, "m": lower / 2, "d": lower}[anchor[1]]
+        anchor = "la"
+    while width < math.inf and font.getlength(text) > width:
+        text = text[:-4] + "..."
+    draw.text(place, text, fill, font, anchor)
 
 
 def blur(pixels: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch.nn.utils.rnn import pad_sequence
 
 from .denoiser import Step
 from .negation_set import NegationSet
+from .pictures import write
 
 COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194), (23, 190, 207))
 
@@ -133,9 +134,9 @@ class Report:
         """
         picture = Image.new("RGB", (width, height), "white")
         draw = ImageDraw.Draw(picture)
-        draw.font = ImageFont.load_default(18)
-        draw.text((10, 6), "\n".join(textwrap.wrap(self.verdict, width // 10)[:2]), "black")
-        draw.text((10, height - 6), self.counts, "dimgray", ImageFont.load_default(14), anchor="ld")
+        for i, line in enumerate(textwrap.wrap(self.verdict, width // 10)[:2]):
+            write(draw, (10, 6 + 22 * i), line, "black", 18)
+        write(draw, (10, height - 6), self.counts, "dimgray", 14, "ld")
         panels = (("posterior", "posterior r", 1.0), ("correction", "|correction| / |denoised|", None))
         for k, (name, title, top) in enumerate(panels):
             top_edge = 80 + k * (height - 94) // 2
@@ -147,19 +148,17 @@ class Report:
         wide.paste(picture)
         for k, item in enumerate(i for i in self.pushed_most() if i < len(negation_set)):
             wide.paste(negation_set.thumbnail(item, 110, blurred), (width + 20, 50 + 140 * k))
-            ImageDraw.Draw(wide).text((width + 20, 46 + 140 * k), negation_set.names[item][:16], "black",
-                                      ImageFont.load_default(13), anchor="ld")
-        ImageDraw.Draw(wide).text((width + 20, 6), "pushed most", "black", ImageFont.load_default(18))
+            write(ImageDraw.Draw(wide), (width + 20, 46 + 140 * k), negation_set.names[item][:16], "black", 13, "ld")
+        write(ImageDraw.Draw(wide), (width + 20, 6), "pushed most", "black", 18)
         return wide
 
     def _panel(self, draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], values: np.ndarray, title: str, top: float | None):
         left, upper, right, lower = box
         top = top or _largest(values) or 1.0
         draw.rectangle(box, outline="gray")
-        draw.text((left, upper - 4), title, "black", anchor="ld")
-        draw.text((left - 6, upper), f"{top:.2g}", "black", anchor="rm")
-        draw.text((left - 6, lower), "0", "black", anchor="rm")
-        draw.text((right, lower + 4), f"{len(values)} model calls", "black", anchor="ra")
+        for place, text, anchor in (((left, upper - 4), title, "ld"), ((left - 6, upper), f"{top:.2g}", "rm"),
+                                    ((left - 6, lower), "0", "rm"), ((right, lower + 4), f"{len(values)} model calls", "ra")):
+            write(draw, place, text, "black", 18, anchor)
         for row in range(values.shape[1] if values.size else 0):
             points = [(left + (right - left) * (i + 0.5) / len(values), lower - (lower - upper) * min(1.0, value / top))
                       for i, value in enumerate(values[:, row]) if not math.isnan(value)]

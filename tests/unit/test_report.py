@@ -87,3 +87,22 @@ def test_calls_of_more_and_fewer_rows_are_told_together():
     assert json.loads(report.to_json())["steps"]["posterior"][1][1:] == [None, None] and report.pushed_most()
     whole, even = np.asarray(report.plot()), np.asarray(Report([steps[2]] * 3).plot())
     assert whole.shape == even.shape and not np.array_equal(whole, even)
+
+
+def test_pillow_of_other_packs_has_one_small_font(monkeypatch):
+    """Before Pillow 10.1, which some packs hold fast: it knows no sizes, no anchors, and Latin letters only."""
+    from PIL import ImageFont
+
+    old = getattr(ImageFont, "load_default_imagefont", ImageFont.load_default)()
+
+    def load_default(*size):
+        if size:
+            raise TypeError("load_default() takes 0 positional arguments but 1 was given")
+        return old
+
+    monkeypatch.setattr(ImageFont, "load_default", load_default)
+    names = ("\u4e03.png", "\U0001f986.png", "a" * 300)
+    pictures = NegationSet(names, names, (lambda: torch.zeros(8, 8, 3),) * 3)
+    plot = np.asarray(run([1.0, 0.5]).plot(negation_set=pictures))
+    assert plot.shape == (480, 870, 3) and (plot[:40] < 128).any() and (plot[-25:, :400] < 140).any(), "verdict and counts are written"
+    assert (np.asarray(pictures.sheet(range(3), names, captions=names)) > 128).any()

@@ -407,3 +407,56 @@ def test_weights_and_clusters_that_do_not_fit_are_refused():
 def test_pixels_in_floating_point_tiffs_that_are_no_number(tmp_path):
     Image.fromarray(np.array([[np.nan, np.inf, 0.5]], dtype=np.float32)).save(tmp_path / "f.tif")
     assert next(iter(NegationSet.from_folder(tmp_path)))[0, :, 0].tolist() == [0, 1, 0.5]
+
+
+# --- Two processes on one cache, one of which is killed at any time
+
+
+def _fill(folder, seed):
+    """Puts, gets and trims for as long as it lives; each latent is told by its name."""
+    import random
+
+    draw, cache = random.Random(seed), LatentCache(folder, "vae", limit=60_000)
+    while True:
+        number = draw.randrange(40)
+        path = cache.path(str(number), (8, 8), "crop")
+        if draw.random() < 0.5:
+            cache.put(path, torch.full((4, 8, 8), float(number)))
+        else:
+            cache.get(path)
+        if draw.random() < 0.1:
+            cache.trim()
+
+
+@POSIX
+def test_a_process_that_is_killed_leaves_no_wrong_latent(tmp_path):
+    """200 rounds: what the other reads is right or not there, and nothing half-written stays."""
+    import multiprocessing
+    import random
+    import signal
+
+    context, draw = multiprocessing.get_context("fork"), random.Random(0)
+    folder, cache = tmp_path / "cache", LatentCache(tmp_path / "cache", "vae", limit=60_000)
+    found = 0
+    for seed in range(200):
+        other = context.Process(target=_fill, args=(folder, seed), daemon=True)
+        other.start()
+        deadline = time.monotonic() + draw.uniform(0.005, 0.03)
+        while time.monotonic() < deadline:
+            number = draw.randrange(40)
+            latent = cache.get(cache.path(str(number), (8, 8), "crop"))
+            if latent is not None:
+                found += 1
+                assert torch.equal(latent, torch.full((4, 8, 8), float(number)))
+            cache.put(cache.path(str(number + 1), (8, 8), "crop"), torch.full((4, 8, 8), float(number + 1)))
+        os.kill(other.pid, signal.SIGKILL)
+        other.join()
+    assert found > 200
+    old = time.time() - 7200
+    for path in folder.glob("*.tmp"):  # what the killed ones left
+        os.utime(path, (old, old))
+    (folder / "somebodys.txt").write_text("not ours")
+    cache.trim()
+    left = [path.name for path in folder.iterdir()]
+    assert not [name for name in left if name.endswith(".tmp")] and "somebodys.txt" in left
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= 60_000
