@@ -17,6 +17,7 @@ from ..safe_denoiser.pictures import EXTENSIONS, printable, state_of
 PACKED, WEIGHTS = {".zip", ".safetensors"}, {".safetensors", ".bin", ".pt", ".pth"}
 SETS, BANKS, CLIPS = "negation_sets", "negation_banks", "open_clip"
 CACHE_LIMIT = float(os.environ.get("SAFE_DENOISER_CACHE_GB", 8)) * 2**30  # bytes of each cache; beyond, the oldest files go
+MARKUP = {"<", ">"}  # in a name: some pages make HTML of the entries of a list
 _left_out: set[Path] = set()  # entries of which it was said
 TINY = Path(__file__).resolve().parent.parent / "tiny_digits" / "models"
 
@@ -49,7 +50,10 @@ def _files(root: Path, wanted: Callable[[Path], bool]) -> Iterator[tuple[Path, s
         for path in (Path(folder, name) for name in names):
             try:
                 if wanted(path) and stat.S_ISREG(path.stat().st_mode):  # no pipes, sockets, devices, or links that lead nowhere
-                    yield path, path.relative_to(root).as_posix().encode().decode()
+                    name = path.relative_to(root).as_posix().encode().decode()
+                    if MARKUP & set(name):
+                        raise ValueError("its name is HTML")
+                    yield path, name
             except (OSError, ValueError) as error:
                 _leave_out(path, error)
 
@@ -58,7 +62,7 @@ def _leave_out(path: Path, error: Exception) -> None:
     """Say once in the log why an entry is not in a list."""
     if path not in _left_out:
         _left_out.add(path)
-        logging.warning("safe denoiser: %r is left out of the lists (%s)", str(path), type(error).__name__)
+        logging.warning("safe denoiser: %a is left out of the lists (%s: %s)", str(path), type(error).__name__, error)
 
 
 def list_sets() -> list[str]:

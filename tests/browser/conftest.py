@@ -103,7 +103,8 @@ class Page:
         """Errors and warnings of the console that come from the pack. The page asks for a help page in its language first, and takes
         the one without a language when there is none; and it asks a registry about packs, which it is not let."""
         others = [entry for entry in self.console if entry[0] in ("error", "warning") and not entry[2].endswith("/en.md")]
-        return [entry for entry in others if not entry[1].startswith("Connecting to")
+        elsewhere = [entry for entry in others if entry[2].startswith("http") and not entry[2].startswith(self.server.url)]
+        return [entry for entry in others if entry not in elsewhere and not entry[1].startswith("Connecting to")
                 and any(word in " ".join(entry[1:]).lower() for word in ("safe-denoiser", "safedenoiser", "safe_denoiser.js"))]
 
     def close_dialogs(self):

@@ -273,6 +273,56 @@ def test_a_set_that_is_gone_is_named_on_the_node(page, own_set):
     page.console.clear()  # the page logs the refused prompt, as it must
 
 
+HTML = "<img src=x onerror=window.hacked=1>"
+
+
+@BOTH
+def test_names_from_strangers_are_never_html(page, server):
+    """Of a set, of its files, of a bank: in the list, on the nodes, in the texts, the report and the message."""
+    sets, banks = Path(server.base) / "input/negation_sets", Path(server.base) / "output/negation_banks"
+    bank = banks / f"{HTML}.safetensors"
+    banks.mkdir(parents=True, exist_ok=True)
+    for folder in (sets / "strange", sets / HTML):
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(12):
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{HTML}{i}.png")
+        (folder / f"{HTML}damaged.png").write_bytes(b"no picture")
+    shutil.copy(ROOT / "tiny_digits/models/negation_banks/tiny_reference.safetensors", bank)
+
+    def nothing_became_html():
+        page.view.wait_for_timeout(700)
+        assert page.view.evaluate("[window.hacked ?? 0, document.querySelectorAll('img[src=x]').length]") == [0, 0]
+
+    page.load("tiny_digits")
+    page.press("r")
+    page.view.wait_for_timeout(1500)
+    if not page.modern:
+        page.view.mouse.click(*page.place("SafeDenoiserLoadNegationSet", "folder"))
+        nothing_became_html()
+        page.view.keyboard.press("Escape")
+    for name in ("strange", HTML):
+        page.view.evaluate("""name => { for (const n of app.graph.nodes) if (n.type === 'SafeDenoiserLoadNegationSet')
+            n.widgets[0].value = name }""", name)
+        page.new_seed()
+        entry = page.run()
+        nothing_became_html()
+    told = json.dumps(entry["outputs"])
+    assert "damaged" in told or page.said()
+    page.view.evaluate("""html => app.api.dispatchCustomEvent('safe_denoiser.text', {node: String(app.graph.nodes.find(
+        n => n.type === 'SafeDenoiserKSampler').id), prompt_id: 'another', text: html})""", HTML)
+    nothing_became_html()
+    assert page.said() == HTML
+    for gone in (sets / "strange", sets / HTML):
+        shutil.rmtree(gone)
+    bank.unlink()
+    page.view.get_by_test_id("queue-button").click()
+    page.view.wait_for_function("app.lastNodeErrors && Object.keys(app.lastNodeErrors).length")
+    nothing_became_html()
+    page.view.wait_for_timeout(1500)
+    nothing_became_html()
+    page.console.clear()  # the page logs the refused prompt, as it must
+
+
 @pytest.fixture
 def japanese(page):
     def switch(language):

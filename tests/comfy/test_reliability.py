@@ -45,6 +45,7 @@ def odd_folders(comfy, tmp_path, monkeypatch):
         (odd / "folder.safetensors").mkdir()
         (odd / "empty.safetensors").write_bytes(b"")
         (odd / "line\nbreak.safetensors").write_bytes(b"x")
+        (odd / "<b>.safetensors").write_bytes(b"x")
         one = socket.socket(socket.AF_UNIX)
         os.chdir(odd)
         one.bind("socket.safetensors")
@@ -75,9 +76,10 @@ def test_no_entry_of_a_folder_takes_the_pack_down(pack, odd_folders, caplog):
                 node.define_schema()
     assert len(schemas) == len(pack)
     lists = {"sets": folders.list_sets(), "banks": folders.list_banks(), "clips": folders.list_clips()}
+    odd = ("loop", "broken", "zero", "pipe", "socket", "\udcff", "folder", "back", "<")
     for names in lists.values():
         json.dumps(names, ensure_ascii=False).encode()
-        assert not any(word in name for name in names for word in ("loop", "broken", "zero", "pipe", "socket", "\udcff", "folder", "back"))
+        assert not any(word in name for name in names for word in odd)
     assert "tiny_sevens" in lists["sets"] and "tiny_reference.safetensors" in lists["banks"] and "tiny_clip" in lists["clips"]
     told = [record.getMessage() for record in caplog.records if "is left out of the lists" in record.getMessage()]
     assert told and len(told) == len(set(told)), "each once"
