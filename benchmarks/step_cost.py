@@ -146,9 +146,13 @@ def correction_row(n: int, shape: tuple[int, ...], seconds: float) -> dict[str, 
     always = torch.ones(1, dtype=torch.bool)
     prediction = Prediction(x.flatten(1), denoised.flatten(1), sigma, torch.ones(1), None)
     correction, flats = safe.correct(prediction), [one.latents.flatten(1) for one in (bank, reference)]
-    return medians({"pass": lambda: [torch.mv(flat, x.flatten()) for flat in flats],
-                    "step": lambda: safe.safe(x, denoised, sigma), "parts": lambda: parts.safe(x, denoised, sigma),
-                    "report": lambda: steps.append(safe.step(prediction.denoised, correction, sigma, always, ~always))}, seconds)
+
+    def report():
+        size = correction.direction.norm(dim=1) / prediction.denoised.norm(dim=1)
+        steps.append(safe.step(correction, sigma, always, ~always, size))
+
+    return medians({"pass": lambda: [torch.mv(flat, x.flatten()) for flat in flats], "step": lambda: safe.safe(x, denoised, sigma),
+                    "parts": lambda: parts.safe(x, denoised, sigma), "report": report}, seconds)
 
 
 def correction_table(counts: list[int], shape: tuple[int, ...], seconds: float = 4.0) -> None:

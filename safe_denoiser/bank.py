@@ -24,6 +24,7 @@ from .negation_set import NegationSet
 from .pictures import printable
 
 FORMAT, VERSION = "safe_denoiser.bank", 1
+KEPT = 2  # what is kept on disk, in keys: 1 may hold NaN, and latents under the hash of another picture
 FITS = ("crop", "pad", "stretch")
 WORKERS, AHEAD = 3, 8  # threads that read and resize pictures, and how many pictures before they are encoded
 BLOCK = 2**22  # bytes read at once where a whole bank is read
@@ -300,16 +301,14 @@ class LatentCache:
         self.folder, self.encoder, self.limit = Path(folder), encoder, limit
 
     def path(self, fingerprint: str, size: Sequence[int], fit: str) -> Path:
-        key = json.dumps([VERSION, self.encoder, fingerprint, list(size), fit])
+        key = json.dumps([KEPT, self.encoder, fingerprint, list(size), fit])
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def get(self, path: Path) -> torch.Tensor | None:
         """The stored latent, or None when there is none or it is damaged."""
         try:
             latent = load(path.read_bytes())["latent"]  # read, not mapped: a mapped file cannot be replaced on Windows
-            if not latent.is_floating_point() or not bool(latent.isfinite().all()):
-                return None
-        except (OSError, SafetensorError, KeyError, ValueError):
+        except (OSError, SafetensorError, KeyError):
             return None
         with suppress(OSError):  # a folder that may only be read
             os.utime(path)
@@ -378,14 +377,13 @@ def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torc
     def place(fingerprint: str) -> Path | None:
         return cache and cache.path(fingerprint, size, fit)
 
+    known = [None if negation_set.changed(i) else place(fingerprint) for i, fingerprint in enumerate(negation_set.fingerprints)]
+
     def prepare(i: int) -> tuple[torch.Tensor | None, torch.Tensor | None, Path | None]:
         """The latent where there is one, else the picture and where its latent belongs."""
-        if stored[i] is not None:
-            return stored[i], None, None
-        if cache and not negation_set.changed(i):
-            latent = cache.get(place(negation_set.fingerprints[i]))
-            if latent is not None:
-                return latent, None, None
+        latent = stored[i] if stored[i] is not None else known[i] and cache.get(known[i])
+        if latent is not None:
+            return latent, None, None
         picture, fingerprint = negation_set.read(i)  # by what is read now: a file may be replaced at any time
         return None, fit_picture(picture, size, fit), place(fingerprint)
 
