@@ -230,7 +230,8 @@ class Run:
             return
         nearest = step.nearest if self.origin is None else torch.where(step.nearest < 0, -1, self.origin[step.nearest])
         self.report.steps.append(replace(step, nearest=nearest))
-        self.live.show(self.report.steps)
+        if self.report is self.patch.report:  # an inner run is shown by the outer one
+            self.live.show(self.report.steps)
 
 
 class Patch:
