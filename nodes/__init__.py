@@ -3,7 +3,7 @@ import logging
 
 from comfy_api.latest import ComfyExtension
 
-from . import bank, class_condition, clip, describe, folders, negation_set, reference, report, sample, versions
+from . import bank, check, class_condition, clip, curate, describe, folders, negation_set, reference, report, sample, semantic, versions
 
 
 class SafeDenoiserExtension(ComfyExtension):
@@ -11,5 +11,5 @@ class SafeDenoiserExtension(ComfyExtension):
         if versions.too_old():
             logging.warning(versions.too_old())
         folders.register()  # before any schema lists its files
-        stations = (negation_set, bank, reference, sample, report, clip, class_condition, describe)
+        stations = (negation_set, bank, reference, sample, report, clip, curate, check, semantic, class_condition, describe)
         return [node for station in stations for node in station.NODES]

@@ -11,7 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from ..safe_denoiser import LatentCache, compress_bank, encode_bank, index_bank, load_bank, save_bank
-from ..safe_denoiser.bank import FITS
+from ..safe_denoiser.encode import FITS
 from . import folders
 from .fingerprint import fingerprint, fingerprint_model
 from .live import progress

@@ -4,7 +4,8 @@ from comfy_api.latest import io
 
 from ..safe_denoiser import NegationSet
 from ..safe_denoiser.meaning import describe
-from .clip import SCORED, clip_inputs, embed, sheet
+from .clip import clip_inputs, embed
+from .curate import SCORED, sheet
 from .live import Live
 from .negation_set import preview_input
 from .types import CATEGORY, PREVIEWS, NegationSetType, found_by

@@ -7,7 +7,7 @@ import comfy.model_patcher
 import torch
 
 from ..safe_denoiser import Bank
-from ..safe_denoiser.bank import Stored
+from ..safe_denoiser.stored import Stored
 
 FORMS = 2  # a bank is kept in as many forms: for two models that are compared in one workflow
 SHARE = 0.5  # of a device's memory for banks at most: the model needs the rest. A larger bank stays where it is, and is read at each step

@@ -4,12 +4,14 @@
 
 Source: Kim, Kim, Yusuf, Ermon, Park, "Training-Free Safe Denoisers for Safe Use of Diffusion Models", arXiv:2502.08011.
 """
-from .bank import Bank, LatentCache, encode_bank, load_bank, merge_banks, save_bank
+from .bank import Bank, merge_banks
 from .clusters import compress_bank, index_bank
 from .denoiser import SafeDenoiser, Step
+from .encode import encode_bank
 from .kernel import Posterior, posterior
 from .negation_set import NegationSet, combine_sets
 from .report import Report
+from .storage import LatentCache, load_bank, save_bank
 
 __all__ = [
     "Bank", "LatentCache", "NegationSet", "Posterior", "Report", "SafeDenoiser", "Step",

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .bank import LatentCache, fit_picture
 from .clip_files import CONFIG, FITS, check_text, check_weights, read_config, weights_in
+from .encode import fit_picture
 from .negation_set import NegationSet
 from .pictures import printable
+from .storage import LatentCache
 
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 BATCH = 32

@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .bank import BLOCK, Bank, Clusters
+from .bank import Bank, Clusters
+from .stored import BLOCK
 
 PROJECTED = 256  # numbers per item that k-means sees
 MANY = 20_000  # items above which k-means sees them in batches

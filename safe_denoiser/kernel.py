@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bank import Clusters, Stored, squared_norms_of
+from .bank import Clusters
+from .stored import Stored, squared_norms_of
 
 CACHED, SENT = 6 * 2**20, 2**26  # bytes of a block: one that stays in a CPU's cache between its two uses, one that keeps a GPU busy
 WHOLE = 2**26  # bytes of a bank that a CPU uses as one block: here the cost of a block outweighs what the cache saves

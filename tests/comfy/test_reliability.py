@@ -269,7 +269,7 @@ def test_without_a_cache_everything_goes_on(fault, run, tiny, folder, pack, monk
     import errno
 
     from pack.nodes import folders
-    from pack.safe_denoiser import bank as module
+    from pack.safe_denoiser import storage as module
 
     module._unwritable.clear()
     place = folders.cache("latents").parent
@@ -313,7 +313,7 @@ def test_a_bank_that_cannot_be_saved_says_so_and_leaves_nothing(run, tiny, monke
     import errno
 
     import folder_paths
-    from pack.safe_denoiser import bank as module
+    from pack.safe_denoiser import storage as module
 
     def save_file(tensors, path, metadata=None):
         Path(path).write_bytes(b"half")

@@ -25,7 +25,8 @@ from safe_denoiser import (
     posterior,
     save_bank,
 )
-from safe_denoiser.bank import Stored, fit_picture
+from safe_denoiser.encode import fit_picture
+from safe_denoiser.stored import Stored
 
 
 def encode(image):
@@ -54,7 +55,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fails(tensors, file, metadata):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("safe_denoiser.bank.save_file", fails)
+    monkeypatch.setattr("safe_denoiser.storage.save_file", fails)
     with pytest.raises(KeyboardInterrupt):
         save_bank(Bank(torch.ones(1, 4, 2, 2)), path)
     assert not load_bank(path).latents.any() and len(list(tmp_path.iterdir())) == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from safe_denoiser import Bank, SafeDenoiser, compress_bank, index_bank, load_bank, posterior, save_bank
-from safe_denoiser.bank import Stored
+from safe_denoiser.stored import Stored
 
 SHAPE = (4, 24, 24)
 

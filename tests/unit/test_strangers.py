@@ -28,9 +28,10 @@ from safe_denoiser import (
     merge_banks,
     save_bank,
 )
-from safe_denoiser.bank import Stored, fit_picture
+from safe_denoiser.encode import fit_picture
 from safe_denoiser.negation_set import combine_sets
 from safe_denoiser.pictures import LONGEST, printable
+from safe_denoiser.stored import Stored
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="files of this kind are POSIX's")
 

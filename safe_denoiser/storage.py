@@ -1,0 +1,173 @@
+"""What is kept on disk: banks as files that may be shared, and a cache of latents that can be made again."""
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save_file
+
+from .bank import Bank, Clusters
+from .pictures import printable
+from .stored import DTYPES, Stored
+
+FORMAT, VERSION = "safe_denoiser.bank", 1
+KEPT = 2  # what is kept in a cache, in its keys: 1 may hold NaN, and latents under the hash of another picture
+_unwritable: set[Path] = set()  # caches of which it was said
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write through a temporary file in the same folder: a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # not mkstemp, whose files other accounts cannot read
+    try:
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_bank(bank: Bank, path: str | Path) -> None:
+    """Write a bank as safetensors: tensors `latents` (and `weights`, and `centres` with `labels`), string metadata `format`,
+    `version`, `names`, `metadata`.
+    """
+    tensors = {"latents": bank.latents[:].cpu().contiguous()}
+    if bank.weights is not None:
+        tensors["weights"] = bank.weights.cpu().contiguous()
+    if bank.clusters is not None:
+        tensors.update({name: value.cpu().contiguous() for name, value in vars(bank.clusters).items()})
+    _write(Path(path), tensors, {"format": FORMAT, "version": str(VERSION),
+                                 "names": json.dumps(bank.names), "metadata": json.dumps(bank.metadata)})
+
+
+def load_bank(path: str | Path, memory: float = math.inf) -> Bank:
+    """Read a bank that `save_bank` wrote. Nothing in the file is trusted: it may come from anybody.
+
+    Args:
+        memory: bytes that its latents may take; those of a larger bank stay in the file and are read when they are used.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, not a bank, damaged, or written by a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"negation bank {path.name!r} does not exist; save one with save_bank or Save Negation Bank")
+    try:
+        with safe_open(path, "pt") as file:
+            header, tensors = file.metadata() or {}, set(file.keys())
+            if header.get("format") != FORMAT:
+                raise ValueError("it is a safetensors file but not a negation bank; build one with encode_bank or Build Negation Bank")
+            names, metadata = _read_header(header)
+            if "latents" not in tensors or ("centres" in tensors) != ("labels" in tensors):
+                raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}; it needs latents, and centres with labels if any")
+            kind, shape = file.get_slice("latents").get_dtype(), file.get_slice("latents").get_shape()
+            if kind not in DTYPES:
+                raise ValueError(f"its latents are of type {kind}, and need to be one of {', '.join(DTYPES)}")
+            weights = file.get_tensor("weights") if "weights" in tensors else None
+            clusters = Clusters(file.get_tensor("centres"), file.get_tensor("labels")) if "labels" in tensors else None
+            latents = file.get_tensor("latents") if math.prod(shape) * 4 <= memory else Stored(path)
+        bank = Bank(latents, names, metadata, weights, clusters)
+        if "origin" in metadata and len(json.loads(metadata["origin"])) != len(bank):
+            raise ValueError(f"its origin does not name a picture for each of {len(bank)} latents; build it again")
+        return bank
+    except SafetensorError as error:
+        raise ValueError(f"{path.name!r} is not a readable safetensors file ({printable(str(error))}); it may be truncated: "
+                         f"copy or build it again") from error
+    except ValueError as error:
+        raise ValueError(f"{path.name!r} cannot be used: {printable(str(error))}") from error
+
+
+def _read_header(header: dict[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Names and metadata of a bank file.
+
+    Raises:
+        ValueError: anything else than `save_bank` writes.
+    """
+    version = header.get("version", "")
+    if not version.isdecimal() or len(version) > 9:
+        raise ValueError("it does not say by which version it was written; build it again")
+    if int(version) > VERSION:
+        raise ValueError(f"it is a negation bank of version {version}, this pack reads up to {VERSION}; update the pack")
+    try:
+        names, metadata = json.loads(header["names"]), json.loads(header["metadata"])
+        origin = json.loads(metadata.get("origin", "[]"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("its names or metadata cannot be read; build it again") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("its names are not a list of texts; build it again")
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not texts; build it again")
+    if not isinstance(origin, list) or not all(type(i) is int and 0 <= i < 2**31 for i in origin):
+        raise ValueError("its origin is not a list of pictures' numbers; build it again")
+    return tuple(map(printable, names)), metadata
+
+
+class LatentCache:
+    """Latents on disk, one file per picture, so that no picture is encoded twice. Processes may share a folder.
+
+    Args:
+        folder: where the files go; made when missing.
+        encoder: a fingerprint of whatever turns pixels into latents (the VAE's weights).
+        limit: bytes of the folder above which `trim` removes what was used least recently.
+    """
+
+    def __init__(self, folder: str | Path, encoder: str, limit: float = math.inf):
+        self.folder, self.encoder, self.limit = Path(folder), encoder, limit
+
+    def path(self, fingerprint: str, size: Sequence[int], fit: str) -> Path:
+        key = json.dumps([KEPT, self.encoder, fingerprint, list(size), fit])
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+    def get(self, path: Path) -> torch.Tensor | None:
+        """The stored latent, or None when there is none or it is damaged."""
+        try:
+            latent = load(path.read_bytes())["latent"]  # read, not mapped: a mapped file cannot be replaced on Windows
+        except (OSError, SafetensorError, KeyError):
+            return None
+        with suppress(OSError):  # a folder that may only be read
+            os.utime(path)
+        return latent
+
+    def put(self, path: Path, latent: torch.Tensor) -> None:
+        """Store a latent; where that cannot be done, go on without, and say so once."""
+        try:
+            _write(path, {"latent": latent})
+        except (OSError, SafetensorError) as error:  # a full disk, a folder that is gone or may not be written
+            stored = os.name == "nt" and path.exists()  # there a file that another process reads cannot be replaced
+            if self.folder not in _unwritable and not stored:
+                _unwritable.add(self.folder)
+                logging.warning("safe denoiser: nothing can be stored in %s (%s); what is computed is not kept for next time", self.folder,
+                                error)
+
+    def trim(self) -> None:
+        with suppress(OSError):
+            trim(self.folder, self.limit)
+
+
+def trim(folder: Path, limit: float) -> None:
+    """Remove the files of a cache that were used least recently, until those that stay take at most `limit` bytes, and what a process
+    that was killed left half-written. Other people's files in the folder stay.
+    """
+    files, now = [], time.time()
+    for entry in os.scandir(folder) if folder.is_dir() else ():
+        with suppress(OSError):  # another process may remove files at the same time
+            status = entry.stat(follow_symlinks=False)
+            if entry.name.endswith(".tmp") and now - status.st_mtime > 3600:  # a younger one is being written
+                os.unlink(entry.path)
+            elif entry.name.endswith(".safetensors") and entry.is_file(follow_symlinks=False):
+                files.append((status.st_mtime, status.st_size, entry.path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= limit:
+            break
+        with suppress(OSError):
+            os.unlink(path)
+        total -= size
