@@ -8,9 +8,9 @@ PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 def lowest() -> dict[str, str]:
     """The lowest version of each library with which the pack is tested, as pyproject.toml says; tomllib is not in every Python."""
-    text = PROJECT.read_text(encoding="utf-8")
-    named = text[text.index("\ndependencies = ["):].partition("]")[0]
-    beside = text[text.index("[tool.safe-denoiser.lowest]"):].partition("\n\n")[0]
+    text = PROJECT.read_text(encoding="utf-8") if PROJECT.is_file() else ""
+    named = text.partition("\ndependencies = [")[2].partition("]")[0]
+    beside = text.partition("[tool.safe-denoiser.lowest]")[2].partition("\n\n")[0]
     return dict(re.findall(r'"([\w-]+)>=([\d.]+)"', named) + re.findall(r'^([\w-]+) = "([\d.]+)"', beside, re.MULTILINE))
 
 

@@ -130,6 +130,8 @@ def test_what_is_too_old_is_said_in_one_line_and_left_alone(pack, monkeypatch):
     told = []
     monkeypatch.setattr(logging, "warning", told.append)
     assert asyncio.run(SafeDenoiserExtension().get_node_list()) and told == [versions.too_old()]
+    monkeypatch.setattr(versions, "PROJECT", Path("gone"))
+    assert versions.too_old() == "", "a pack without its pyproject.toml loads too"
 
 
 # --- Interrupts: what is done is kept, nothing is half-written, and the next run is as if nothing had happened
