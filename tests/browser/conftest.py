@@ -33,10 +33,11 @@ def chromium():
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=BROWSER)
-        yield browser
+        yield browser.new_context(viewport={"width": 1900, "height": 1000})  # one for all pages: it keeps the front end's files
         browser.close()
 
 
+SETTING, NO_HTML = "Comfy.VueNodes.Enabled", "this front end draws no nodes, or no widgets, as HTML (Nodes 2.0)"
 SEEDS = itertools.count(1)
 BOTH = pytest.mark.parametrize("page", ["canvas", "Nodes 2.0"], indirect=True)  # the page's two ways of drawing nodes
 
@@ -44,9 +45,19 @@ BOTH = pytest.mark.parametrize("page", ["canvas", "Nodes 2.0"], indirect=True)  
 @pytest.fixture
 def page(request, server, chromium):
     """A fresh page; afterwards the console must hold no error of the pack."""
-    view = chromium.new_page(viewport={"width": 1900, "height": 1000})
-    page = Page(view, server)
-    page.draw_by(getattr(request, "param", "canvas"))
+    modern = getattr(request, "param", "canvas") == "Nodes 2.0"
+    if modern and not getattr(server, "draws_html", True):
+        pytest.skip(NO_HTML)
+    server.post("/settings", {SETTING: modern})
+    view = chromium.new_page()
+    view.goto(f"{server.url}/system_stats")  # of the same origin, without the page
+    view.evaluate("localStorage.clear()")
+    page = Page(view, server, modern)
+    if modern:
+        server.draws_html = page.draws_html()
+        if not server.draws_html:
+            view.close()
+            pytest.skip(NO_HTML)
     yield page
     complaints = page.complaints()
     view.close()
@@ -56,8 +67,8 @@ def page(request, server, chromium):
 class Page:
     """What the tests do in ComfyUI's page: with the mouse and the keyboard, except where a word of JavaScript reads the graph."""
 
-    def __init__(self, view, server):
-        self.view, self.server, self.console, self.modern = view, server, [], False
+    def __init__(self, view, server, modern):
+        self.view, self.server, self.console, self.modern = view, server, [], modern
         view.on("console", lambda message: self.console.append((message.type, message.text, message.location.get("url", ""))))
         view.on("pageerror", lambda error: self.console.append(("error", str(error), error.stack or "")))
         self.open()
@@ -79,19 +90,12 @@ class Page:
                 app.api.addEventListener(kind, event => runs.push([kind, event.detail]));
         }""")
 
-    def draw_by(self, renderer):
-        """By the canvas, or each node as HTML, where the front end can."""
-        before, self.modern = self.setting("Comfy.VueNodes.Enabled"), renderer == "Nodes 2.0"
-        if self.modern and before is None:
-            pytest.skip("this front end has no Nodes 2.0")
-        if before is not None and before != self.modern:
-            self.view.evaluate("async on => { await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on) }", self.modern)
-            self.view.wait_for_timeout(500)
-            self.open()
-        if self.modern:
-            self.load("tiny_digits")
-            if not self.view.locator("[data-testid=node-widgets]").count():
-                pytest.skip("this front end draws no widgets by Nodes 2.0")
+    def draws_html(self):
+        """Whether this front end draws nodes, with their widgets, as HTML where it is asked to."""
+        if self.setting(SETTING) is None:
+            return False
+        self.load("tiny_digits")
+        return bool(self.view.locator("[data-testid=node-widgets]").count())
 
     def setting(self, name):
         return self.view.evaluate("name => app.extensionManager.setting.get(name) ?? null", name)
