@@ -19,6 +19,7 @@ from .gaussian import ByGaussians, fit
 from .kernel import Posterior, posterior, rows, squared_distances
 from .parts import ENOUGH, Located, choose, separation, windows
 from .prediction import Correction, Prediction, largest
+from .stored import squared_norms_of
 from .witness import PRIOR, ByWitness
 
 METHODS = ("safe_denoiser", "spell", "official", "official_sd3", "sgf")
@@ -83,9 +84,14 @@ def _emptied(memory: dict) -> None:
 
 
 def _between_neighbours(latents: Tensor) -> float:
-    """Median distance of an item of flat latents (N, D) to its nearest neighbour."""
-    distances = squared_distances(latents, latents, rows(1.0, latents))
-    return float(distances.fill_diagonal_(math.inf).amin(1).sqrt().median())
+    """Median distance of an item of flat latents (N, D) to its nearest neighbour; of a large bank, of SAMPLE of its items."""
+    count = min(len(latents), SAMPLE)
+    chosen, nearest = torch.arange(count, device=latents.device) * len(latents) // count, []
+    norms = squared_norms_of(latents)
+    for rows_of in chosen.split(32):  # a table of all pairs would not fit
+        distances = squared_distances(latents[rows_of], latents, rows(1.0, latents[rows_of]), norms)
+        nearest.append(distances.scatter_(1, rows_of[:, None], math.inf).amin(1))
+    return float(torch.cat(nearest).sqrt().median())
 
 
 @dataclass(frozen=True, eq=False)
