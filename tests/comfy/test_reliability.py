@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.unit.test_registry import PROJECT
+
 POSIX = pytest.mark.skipif(os.name == "nt", reason="files of this kind are POSIX's")
 
 
@@ -110,12 +112,10 @@ def test_whatever_a_workflow_names_is_answered(kind, name, pack, run, odd_folder
 def test_what_is_too_old_is_said_in_one_line_and_left_alone(pack, monkeypatch):
     import asyncio
 
-    import tomllib
     from pack.nodes import SafeDenoiserExtension, versions
 
-    project = tomllib.loads((Path(versions.PROJECT)).read_text(encoding="utf-8"))
-    named = dict(one.split(">=") for one in project["project"]["dependencies"])
-    assert versions.lowest() == named | project["tool"]["safe-denoiser"]["lowest"] and len(versions.lowest()) == 5
+    named = dict(one.split(">=") for one in PROJECT["project"]["dependencies"])
+    assert versions.lowest() == named | PROJECT["tool"]["safe-denoiser"]["lowest"] and len(versions.lowest()) == 5
     assert versions.too_old() == ""
     here = {"pillow": "9.4.1", "torch": "2.14.1+cu130", "numpy": "1.26.0rc1", "open-clip-torch": "2.32.0"}
 
