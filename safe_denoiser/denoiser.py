@@ -17,6 +17,7 @@ from .bank import Bank
 from .calibration import Calibration, calibrate, temperature_for
 from .gaussian import ByGaussians, fit
 from .kernel import Posterior, posterior, rows, squared_distances
+from .neighbours import Official, Sgf, Spell
 from .parts import ENOUGH, Located, choose, separation, windows
 from .prediction import Correction, Prediction, largest
 from .stored import squared_norms_of
@@ -294,7 +295,7 @@ class SafeDenoiser:
     def correct(self, p: Prediction) -> Correction:
         """The correction of one prediction at strength 1."""
         if self.method != "safe_denoiser":
-            return self._neighbour(p)
+            return self.neighbour.correct(p)
         if self._hears(p):
             return self._by_witness(p)
         if self.inside:
@@ -477,22 +478,15 @@ class SafeDenoiser:
         return Correction(methods.from_beta(pushed, unsafe.mean, capped), capped, unsafe.weights.argmax(1), beta > self.beta_max,
                           unsafe.omitted)
 
-    def _neighbour(self, p: Prediction) -> Correction:
-        """spell, sgf and the official rules: methods that know no posterior."""
+    @cached_property
+    def neighbour(self) -> Spell | Sgf | Official:
+        """The rule of a method that knows no posterior."""
         if self.method == "spell":
-            direction, factor = methods.spell(p.denoised, self.latents, self.neighbour_distance if self.radius is None else self.radius)
-            gate = factor.sum(1).clamp_max(1)
-        elif self.method == "sgf":
-            direction, factor = methods.sgf(p.denoised, self.latents, self.kernel_bandwidth)
-            gate = factor.mean(1)
-        else:
-            query = p.denoised
-            if self.method == "official_sd3":
-                query = F.normalize(query.unflatten(1, self.bank.latents.shape[1:]), dim=1).flatten(1)
-                query = query if self.root is None else query * self.root
-            direction, factor = methods.official(p.denoised, self.latents, self.kernel_bandwidth, self.threshold, query)
-            gate = (factor.sum(1) + 1e-8 > self.threshold).to(p.x.dtype)
-        return Correction(direction, gate, factor.argmax(1), torch.zeros_like(gate, dtype=torch.bool), torch.zeros_like(gate))
+            return Spell(self.latents, self.neighbour_distance if self.radius is None else self.radius)
+        if self.method == "sgf":
+            return Sgf(self.latents, self.kernel_bandwidth)
+        item = self.bank.latents.shape[1:] if self.method == "official_sd3" else None
+        return Official(self.latents, self.kernel_bandwidth, self.threshold, item, self.root)
 
     def masked(self, mask: Tensor) -> "SafeDenoiser":
         """The same safe denoiser inside a mask m (D,) in [0, 1]: every |x - y|^2 becomes sum m (x - y)^2.
