@@ -9,23 +9,24 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import methods
 from .bank import Bank
-from .calibration import Calibration, calibrate, temperature_for
+from .by_banks import ByBanks
+from .by_beta import ByBeta
+from .densities import SAMPLE, Densities
 from .gaussian import ByGaussians, fit
-from .kernel import Posterior, posterior, rows, squared_distances
+from .kernel import rows, squared_distances
 from .neighbours import Official, Sgf, Spell
 from .parts import ENOUGH, Located, choose, separation, windows
-from .prediction import Correction, Prediction, largest
+from .prediction import Correction, Prediction
 from .stored import squared_norms_of
 from .witness import PRIOR, ByWitness
 
 METHODS = ("safe_denoiser", "spell", "official", "official_sd3", "sgf")
 WEIGHTS = ("auto", "evidence", "retain", "gate", "unconditional", "reference", "ratio_beta", "tracked", "triangle", "constant", "witness",
            "gaussian")
+BETAS = ("ratio_beta", "tracked", "triangle", "gate", "constant")  # the weights that are a beta, and no posterior
 PUSHES = ("guided", "unconditional")
 TUNED = {"evidence": (0.25, 3.0), "retain": (0.4, 3.0), "unconditional": (0.3, 1.5), "gaussian": (0.3, 3.0)}  # prior and evidence
 TUNED_PARTS = {"evidence": (0.6, 10.0), "retain": (0.3, 10.0)}  # the same inside a window
@@ -34,11 +35,8 @@ RANGES = {  # of the settings that are numbers
     "strength": (-1e6, 1e6), "sigma_start": (0, math.inf), "sigma_end": (0, math.inf), "prior": (1e-12, 1 - 1e-15), "evidence": (0, 1e6),
     "bandwidth": (0, 1e30), "temperature": (1e-6, 1e30), "posterior_max": (1e-12, 1 - 1e-15), "beta_max": (0, 1e6), "radius": (0, math.inf),
     "threshold": (0, math.inf), "parts": (1, 64)}
-RELEASE = 0.7, 0.9  # share of the way to E_u that a prompt pulls: where its guidance begins to be let go, and where all of it is
 SEEN = 0.85  # area under the ROC curve of banks by distance, from which kernels are trusted: digits 0.88 to 0.99, photographs below 0.83
 COPIES = 0.02  # share of copies of a bank's pictures in what the model makes, from which they count as memorised
-SAMPLE = 1024  # items of a larger bank on which it is calibrated: their Gram matrix is held in memory
-PERPLEXITY = 0.2  # share of the bank that the automatic temperature lets weigh, at noise of the bank's own spread
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,8 @@ class SafeDenoiser:
     x looks like a noised bank item. Source: arXiv:2502.08011, Thm 3.2. The evidence term is ours, not the theorem's; with `evidence=0`
     and exact densities each form that has a bank is exact. Where evidence counts, three things keep pictures whole, all ours: t is
     freed of the chance of small banks; r / (1 - r) never throws a prediction further than its mirror image at E_safe; and a prompt
-    whose own pull towards E_u shows that it asks for the unsafe thing lets go of its guidance (see RELEASE), so that another natural
-    picture comes out instead of a bent one.
+    whose own pull towards E_u shows that it asks for the unsafe thing lets go of its guidance (see `by_banks.RELEASE`), so that another
+    natural picture comes out instead of a bent one.
 
     Where the unwanted thing is a part of the picture, `parts` compares windows: with the crops of the bank that show the thing, see
     `parts.locate`, and with the other bank's at the same place. Where windows overlap, their corrections are averaged, each weighing r.
@@ -180,6 +178,7 @@ class SafeDenoiser:
     root: Tensor | None = None
     trusted: bool | None = None
     memory: dict = field(default_factory=dict, repr=False)
+    _rules: dict = field(default_factory=dict, init=False, repr=False)  # by weight
     _masked: dict = field(default_factory=dict, init=False, repr=False)  # the latest mask, and what is corrected inside it
 
     def __post_init__(self):
@@ -238,7 +237,7 @@ class SafeDenoiser:
         prior, evidence = self._tuned("evidence" if self.reference and self.weight != "retain" else "retain", TUNED_PARTS)
         shown = self.bank.crops(places, found.window)
         calibrated = replace(self, bank=shown, retain=None, reference=None, weight="auto", semantic=None, parts=1)
-        width = dict(bandwidth=calibrated.kernel_bandwidth, temperature=calibrated.kernel_temperature)
+        width = dict(bandwidth=calibrated.densities.bandwidth, temperature=calibrated.densities.temperature)
         return [(place, replace(self, bank=shown, retain=self.retain and self.retain.map(lambda y, place=place: y[place]),
                                 reference=self.reference and self.reference.map(lambda y, place=place: y[place]),
                                 prior=prior, evidence=evidence, semantic=None, parts=1, trusted=True,
@@ -251,11 +250,6 @@ class SafeDenoiser:
         return bank.latents[:].flatten(1).to(torch.promote_types(bank.latents.dtype, torch.float32))
 
     @cached_property
-    def sample(self) -> Bank:
-        """The part of the bank that bandwidth, temperature and curves are calibrated on, in fp32 or better."""
-        return self.bank.sample(SAMPLE).to(dtype=torch.promote_types(self.bank.latents.dtype, torch.float32))
-
-    @cached_property
     def neighbour_distance(self) -> float:
         """Median distance of a bank item to its nearest neighbour; of the only item to 0."""
         if len(self.latents) == 1:
@@ -264,33 +258,12 @@ class SafeDenoiser:
         return self.bank.recall(f"neighbour distance {self.method}", lambda: _between_neighbours(self.latents))
 
     @cached_property
-    def kernel_bandwidth(self) -> float:
-        """h: as given, else automatic, see `bandwidth`."""
-        if self.bandwidth is not None:
-            return self.bandwidth
-        if self.method == "sgf":
-            return self.neighbour_distance
-        return {"official": 3.15, "official_sd3": 1.0}.get(self.method) or 0.4 * float(self.sample.latents.std(correction=0))
-
-    @cached_property
-    def kernel_temperature(self) -> float:
-        """T: as given, else where a fixed share of the bank weighs in."""
-        if self.temperature is not None:
-            return self.temperature
-        perplexity, h = max(1.0, PERPLEXITY * (len(self.sample) - 1)), self.kernel_bandwidth
-        found = self.bank.recall(f"temperature at h {h:.5g}", lambda: temperature_for(self.sample, h, perplexity, self.root))
-        return max(1.0, found)
-
-    @cached_property
-    def calibration(self) -> Calibration:
-        h, t = self.kernel_bandwidth, self.kernel_temperature
-        curves = self.bank.recall(f"curves at h {h:.5g}, T {t:.5g}", lambda: calibrate(self.sample, h, t, self.root).tolist())
-        return Calibration(*torch.tensor(curves, dtype=self.sample.latents.dtype, device=self.sample.latents.device))
-
-    def density(self, bank: Bank, p: Prediction) -> Posterior:
-        """Posterior of one bank at x, with the bandwidth and temperature that all banks share."""
-        return posterior(p.x, bank.latents, p.sigma, p.alpha, self.kernel_bandwidth, self.kernel_temperature,
-                         bank.log_weights, bank.squared_norms, search=bank.clusters)
+    def densities(self) -> Densities:
+        """The bank's kernels, whose width and temperature all banks share."""
+        width = {"official": 3.15, "official_sd3": 1.0}.get(self.method) if self.bandwidth is None else self.bandwidth
+        if self.method == "sgf" and width is None:
+            width = self.neighbour_distance
+        return Densities(self.bank, width, self.temperature, self.root)
 
     def correct(self, p: Prediction) -> Correction:
         """The correction of one prediction at strength 1."""
@@ -308,13 +281,17 @@ class SafeDenoiser:
                 weight = "gaussian"
         if weight == "gaussian":
             return self.gaussians.correct(p) if self.gaussians else _nothing(p)
-        unsafe = self.density(self.bank, p)
-        if weight == "unconditional" and p.unconditional is None:
-            raise ValueError("weight 'unconditional' needs the unconditional prediction, and there is none: cfg is 1, or the guider makes "
-                             "none; raise cfg, connect a reference bank, or choose weight 'auto'")
-        if weight in ("tracked", "triangle", "gate", "constant"):
-            return self._by_beta(p, unsafe, self._beta(weight, p, unsafe))
-        return self._by_posterior(weight, p, unsafe)
+        return self.rule(weight).correct(p, self.memory)
+
+    def rule(self, weight: str) -> ByBanks | ByBeta:
+        """What the banks' densities say, by one of the weights."""
+        if weight not in self._rules:
+            prior, evidence = self._tuned(weight)
+            banks = ByBanks(self.densities, weight, self.reference, self.retain, prior, evidence, self.posterior_max, self.semantic,
+                            lambda: self.sees)
+            self._rules[weight] = banks if weight not in BETAS else \
+                ByBeta(self.densities, weight, prior, self.posterior_max, self.beta_max, self.push, banks)
+        return self._rules[weight]
 
     @cached_property
     def witness(self) -> ByWitness:
@@ -345,7 +322,8 @@ class SafeDenoiser:
 
     def _copies(self) -> float:
         """Share of the other bank's items that lie twice as near to one of the bank's as the bank's own do to each other."""
-        mine, theirs = (bank.latents[:].flatten(1).to(self.sample.latents) for bank in (self.sample, self.other.sample(SAMPLE)))
+        some = self.densities.sample
+        mine, theirs = (bank.latents[:].flatten(1).to(some.latents) for bank in (some, self.other.sample(SAMPLE)))
         nearest = squared_distances(theirs, mine, rows(1.0, theirs)).amin(1).sqrt()
         return float((nearest < _between_neighbours(mine) / 2).float().mean())
 
@@ -383,110 +361,15 @@ class SafeDenoiser:
         given = self.prior, 0.0 if weight == "reference" else self.evidence
         return tuple(own if value is None else value for value, own in zip(given, tuned.get(weight, PLAIN)))
 
-    def _by_posterior(self, weight: str, p: Prediction, unsafe: Posterior) -> Correction:
-        """evidence, reference, retain, unconditional, ratio_beta: r from what the other banks say, see the class."""
-        prior, evidence = self._tuned(weight)
-        reference = self.reference and weight not in ("retain", "unconditional") and self.density(self.reference, p)
-        retain = self.retain and weight != "unconditional" and self.density(self.retain, p)
-        beside, found = (self.reference, reference) if reference else (self.retain, retain)
-        other = found.mean if found else p.unconditional
-        told, most = torch.zeros_like(p.sigma), math.inf
-        if evidence:
-            error = self._chance(self.bank, unsafe, p) + (self._chance(beside, found, p) if found else 0)
-            t = methods.projection(p.denoised, unsafe.mean, other, error)
-            told, most = evidence * (t - 0.5), methods.mirror(t, prior)
-        estimates = [methods.log_ratio(unsafe, reference, prior) + told] if reference else []
-        if retain:
-            odds = methods.log_odds(unsafe, retain, prior) if self.semantic is None else math.log(prior / (1 - prior)) + self._meant(p)
-            estimates.append(F.logsigmoid(odds + told))
-        log_r = torch.stack(estimates).mean(0) if estimates else math.log(prior) + told
-        ceiling = math.log(self.posterior_max)
-        r = log_r.clamp_max(ceiling).exp()
-        if weight == "ratio_beta":
-            return self._by_beta(p, unsafe, r / (1 - r))
-        direction = (methods.from_retain(unsafe.mean, other, r) if weight == "retain" else
-                     methods.from_reference(unsafe.mean, other, r, most))
-        if evidence and p.unconditional is not None and self.sees:
-            direction = direction + self._release(p, unsafe.mean, other, error)[:, None] * (p.unconditional - p.denoised)
-        return Correction(direction, r, unsafe.weights.argmax(1), log_r > ceiling, unsafe.omitted)
-
-    def _spread(self, bank: Bank, found: Posterior, p: Prediction) -> tuple[Tensor, Tensor]:
-        """sum_n w_n |y_n|^2 - |ybar|^2, the weighted spread of the items around their mean, and sigma^2 / s^2, (B,) each."""
-        h2 = p.alpha * self.kernel_bandwidth**2
-        s2, noise = p.sigma.square() + p.alpha * h2, p.sigma.square()
-        ybar = (s2[:, None] * found.mean - h2[:, None] * p.x) / noise[:, None]
-        return (found.weights @ bank.squared_norms.to(p.x) - ybar.square().sum(1)).clamp_min(0), noise / s2
-
-    def _chance(self, bank: Bank, found: Posterior, p: Prediction) -> Tensor:
-        """Squared standard error of a bank's mean, (B,): sum w^2 / (1 - sum w^2) times the weighted spread of its items.
-
-        Two means of N pictures each differ by chance as well, and most where N is small; the projection takes that off.
-        """
-        spread, shrink = self._spread(bank, found, p)
-        share = found.weights.square().sum(1)
-        return shrink.square() * spread * share / (1 - share).clamp_min(0.05)  # of one picture alone, nothing is known
-
-    def _release(self, p: Prediction, unsafe_denoised: Tensor, other_denoised: Tensor, error: Tensor) -> Tensor:
-        """How much of the guidance to let go, (B,): 0 up to a pull of RELEASE[0], 1 from RELEASE[1] on, the most that this run has seen.
-
-        A prompt that asks for the unsafe thing pulls most at the start, before x is anything, and goes on pulling to the end.
-        """
-        release = torch.zeros_like(p.sigma)
-        if p.conditional is not None:
-            pull = methods.pull(p.conditional, p.unconditional, unsafe_denoised, other_denoised, error)
-            release = ((pull - RELEASE[0]) / (RELEASE[1] - RELEASE[0])).clamp(0, 1)
-        return largest(self.memory, "released", p.sigma, release)
-
-    def _meant(self, p: Prediction) -> Tensor:
-        """log p_u - log p_retain, (B,), by what the prediction means."""
-        return self.semantic(p.denoised.unflatten(1, self.bank.latents.shape[1:]), p.sigma / p.alpha.clamp_min(1e-3))
-
-    def _beta(self, weight: str, p: Prediction, unsafe: Posterior) -> Tensor:
-        """tracked, triangle, gate, constant: beta (B,) from the bank alone."""
-        if weight == "constant":
-            return torch.ones_like(p.sigma)
-        home = self.calibration.grid.device  # the CPU where the bank is too large for the device of x
-        level, spread, reach, trace = (curve.to(p.x.device) for curve in self.calibration.at(p.sigma.to(home), p.alpha.to(home)))
-        if weight == "gate":
-            return methods.typicality(unsafe, level, spread)
-        if weight == "triangle":
-            return methods.triangle(p.denoised, unsafe.mean, reach)
-        r = self._tracked(p, unsafe, trace).exp()
-        return r / (1 - r)
-
-    def _tracked(self, p: Prediction, unsafe: Posterior, trace: Tensor) -> Tensor:
-        """log r of `methods.tracked`, in the frame where alpha = 1; starts at log prior, and again when sigma rises."""
-        alpha = p.alpha.clamp_min(1e-3)
-        x, sigma = p.x / alpha[:, None], p.sigma / alpha
-        between, shrink = self._spread(self.bank, unsafe, Prediction(x, p.denoised, sigma, torch.ones_like(sigma)))
-        excess = shrink.square() * between + self.kernel_bandwidth**2 * shrink * x.shape[1] - trace
-        log_r = torch.full_like(sigma, math.log(self._tuned("tracked")[0]))
-        known, *before = self.memory.get("tracked", (None, x[:0]))
-        if before[0].shape == x.shape:
-            carried = methods.tracked(known, before, x, sigma, 1 / self.kernel_temperature, math.log(self.posterior_max))
-            log_r = torch.where(sigma < before[1], carried, log_r)
-        self.memory["tracked"] = log_r, x, sigma, p.denoised, unsafe.mean, excess
-        return log_r
-
-    def _by_beta(self, p: Prediction, unsafe: Posterior, beta: Tensor) -> Correction:
-        """The theorem as printed, with a ceiling on beta."""
-        if self.push == "unconditional" and p.unconditional is None:
-            raise ValueError("push 'unconditional' needs the unconditional prediction, and there is none: cfg is 1, or the guider makes "
-                             "none; raise cfg or push 'guided'")
-        pushed = p.unconditional if self.push == "unconditional" else p.denoised
-        capped = beta.clamp_max(self.beta_max)
-        return Correction(methods.from_beta(pushed, unsafe.mean, capped), capped, unsafe.weights.argmax(1), beta > self.beta_max,
-                          unsafe.omitted)
-
     @cached_property
     def neighbour(self) -> Spell | Sgf | Official:
         """The rule of a method that knows no posterior."""
         if self.method == "spell":
             return Spell(self.latents, self.neighbour_distance if self.radius is None else self.radius)
         if self.method == "sgf":
-            return Sgf(self.latents, self.kernel_bandwidth)
+            return Sgf(self.latents, self.densities.bandwidth)
         item = self.bank.latents.shape[1:] if self.method == "official_sd3" else None
-        return Official(self.latents, self.kernel_bandwidth, self.threshold, item, self.root)
+        return Official(self.latents, self.densities.bandwidth, self.threshold, item, self.root)
 
     def masked(self, mask: Tensor) -> "SafeDenoiser":
         """The same safe denoiser inside a mask m (D,) in [0, 1]: every |x - y|^2 becomes sum m (x - y)^2.
@@ -499,7 +382,7 @@ class SafeDenoiser:
         bank = self.bank.normalised() if self.method.startswith("official") else self.bank
         return replace(self, bank=bank and bank.masked(root), retain=self.retain and self.retain.masked(root),
                        reference=self.reference and self.reference.masked(root), semantic=None, parts=1, root=root, trusted=self.sees,
-                       bandwidth=self.kernel_bandwidth if bank else self.bandwidth, memory={})
+                       bandwidth=self.densities.bandwidth if bank else self.bandwidth, memory={})
 
     def correct_inside(self, mask: Tensor, p: Prediction) -> Correction:
         """`correct`, each row with distances inside its own mask (B, D) and no correction where the mask is 0.

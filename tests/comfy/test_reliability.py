@@ -187,7 +187,7 @@ def test_an_interrupt_at_every_stage(run, tiny, folder, stop, pack, sample, monk
     import comfy.model_management as management
     import comfy.sample
     import comfy.utils
-    from pack.safe_denoiser import denoiser, negation_set
+    from pack.safe_denoiser import denoiser, densities, negation_set
 
     clip = run("LoadOpenCLIP", weights="tiny_clip").result[0]
     seen = stop(negation_set, "examine", 5)
@@ -224,12 +224,12 @@ def test_an_interrupt_at_every_stage(run, tiny, folder, stop, pack, sample, monk
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *_, **__: management.throw_exception_if_processing_interrupted())
     banks = dict(negation_bank=bank, reference_bank=reference)  # the hook is what ComfyUI's server sets
     wanted = sample.safe(banks)[0]
-    for where in (denoiser, denoiser.SafeDenoiser):
-        done = stop(where, "temperature_for" if where is denoiser else "safe", 1)
+    for where, name in ((densities, "temperature_for"), (denoiser.SafeDenoiser, "safe")):
+        done = stop(where, name, 1)
         with stopped():
             sample.safe({**banks, "negation_bank": type(bank)(bank.latents * 1.001, metadata=bank.metadata)})
         assert done
-        assert torch.equal(sample.safe(banks)[0], wanted), where
+        assert torch.equal(sample.safe(banks)[0], wanted), name
 
     stop(type(clip), "pixels", 1)
     pictures = torch.rand(3, 32, 32, 3)

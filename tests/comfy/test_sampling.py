@@ -92,7 +92,7 @@ def test_what_calibration_finds_is_kept_for_the_next_run(tiny, sample, monkeypat
     import sys
 
     sample.safe()
-    monkeypatch.setattr(sys.modules["pack.safe_denoiser.denoiser"], "temperature_for", lambda *args: pytest.fail("calibrated again"))
+    monkeypatch.setattr(sys.modules["pack.safe_denoiser.densities"], "temperature_for", lambda *args: pytest.fail("calibrated again"))
     sample.safe()
 
 

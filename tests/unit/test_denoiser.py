@@ -108,9 +108,9 @@ def test_the_chance_of_small_banks_is_taken_off_their_distance():
     for _ in range(400):
         banks = [Bank(torch.randn(n, 32, generator=generator, dtype=torch.float64) + shift) for n, shift in ((5, 0.25), (8, 0.0))]
         safe = SafeDenoiser(banks[0], reference=banks[1], bandwidth=0.0, temperature=1.0)
-        means = [safe.density(bank, p) for bank in banks]
+        means = [safe.densities.of(bank, p) for bank in banks]
         plain.append(float((means[0].mean - means[1].mean).square().sum()))
-        found.append(plain[-1] - sum(float(safe._chance(bank, mean, p)[0]) for bank, mean in zip(banks, means)))
+        found.append(plain[-1] - sum(float(safe.densities.chance(bank, mean, p)[0]) for bank, mean in zip(banks, means)))
     truth = 32 * 0.25**2
     assert abs(sum(found) / 400 - truth) < 0.4 < sum(plain) / 400 - truth
 
@@ -219,7 +219,7 @@ def test_triangle_only_moves_predictions_that_come_near():
     generator = torch.Generator().manual_seed(7)
     bank, x = Bank(torch.randn(40, 4, 4, 4, generator=generator)), torch.randn(2, 4, 4, 4, generator=generator)
     denoiser = SafeDenoiser(bank, weight="triangle")
-    mean = denoiser.density(bank, Prediction(x.flatten(1), x.flatten(1), torch.ones(2), torch.ones(2), None)).mean.view_as(x)
+    mean = denoiser.densities.of(bank, Prediction(x.flatten(1), x.flatten(1), torch.ones(2), torch.ones(2), None)).mean.view_as(x)
     near, far = mean + 1e-3 * torch.randn(2, 4, 4, 4, generator=generator), mean + 10
     assert (denoiser.safe(x, near, 1.0)[1].posterior > 0).all() and torch.equal(denoiser.safe(x, far, 1.0)[0], far)
 

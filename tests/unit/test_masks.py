@@ -89,8 +89,8 @@ def test_the_temperature_counts_what_is_sampled():
     half[..., 4:] = 1
     whole = SafeDenoiser(Bank(draw(1, 12, 32, 6, 8)))
     inside = whole.masked(half.repeat(8, 1, 1).flatten())
-    assert inside.kernel_bandwidth == whole.kernel_bandwidth
-    assert 0.4 < inside.kernel_temperature / whole.kernel_temperature < 0.8, "half as many numbers, so distances half as long"
+    assert inside.densities.bandwidth == whole.densities.bandwidth
+    assert 0.4 < inside.densities.temperature / whole.densities.temperature < 0.8, "half as many numbers, so distances half as long"
 
 
 def test_each_frame_of_a_video_has_its_own_mask():

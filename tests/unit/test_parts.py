@@ -114,15 +114,15 @@ def test_what_does_not_compare_banks_has_no_windows(reference):
 def test_what_was_found_is_remembered_for_all_banks_that_hold_the_same(reference, tmp_path, monkeypatch):
     bank = bank_and_places(60)[0]
     first = SafeDenoiser(bank, reference=reference)
-    windows_of, temperature = first.located[1].window, first.inside[0][1].kernel_temperature
-    gate = SafeDenoiser(bank, weight="gate").calibration
+    windows_of, temperature = first.located[1].window, first.inside[0][1].densities.temperature
+    gate = SafeDenoiser(bank, weight="gate").densities.calibration
     save_bank(bank, tmp_path / "bank.safetensors")
-    for name in ("choose", "temperature_for", "calibrate"):
-        monkeypatch.setattr(f"safe_denoiser.denoiser.{name}", lambda *args: pytest.fail("calibrated again"))
+    for name in ("denoiser.choose", "densities.temperature_for", "densities.calibrate"):
+        monkeypatch.setattr(f"safe_denoiser.{name}", lambda *args: pytest.fail("calibrated again"))
     for again in (bank.to(dtype=torch.float32).map(lambda y: y), load_bank(tmp_path / "bank.safetensors")):
         second = SafeDenoiser(again, reference=reference)
         assert second.located[1].window == windows_of and second.inside[0][1].bank.latents.shape == (60, 2, 4, 4)
-        torch.testing.assert_close(SafeDenoiser(again, weight="gate").calibration.level, gate.level)
+        torch.testing.assert_close(SafeDenoiser(again, weight="gate").densities.calibration.level, gate.level)
     with pytest.raises(pytest.fail.Exception, match="calibrated again"):
-        assert SafeDenoiser(bank.map(lambda y: 2 * y), weight="gate").calibration, "in another space"
+        assert SafeDenoiser(bank.map(lambda y: 2 * y), weight="gate").densities.calibration, "in another space"
     assert temperature > 1

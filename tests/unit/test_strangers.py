@@ -61,7 +61,7 @@ def test_what_a_bank_file_says_of_its_calibration_is_not_heard(tmp_path):
     save_bank(bank, path)
     tensors, x = load_file(path), torch.randn(2, 2, 4, 4, generator=draw)
     denoiser = SafeDenoiser(bank, reference=other)
-    wanted, h = denoiser.safe(x, x / 2, 1.0)[0], denoiser.kernel_bandwidth
+    wanted, h = denoiser.safe(x, x / 2, 1.0)[0], denoiser.densities.bandwidth
     keys = [f"temperature at h {h:.5g}", f"temperature at h {h:.5g}, {bank.fingerprint}", f"temperature at h {h:.5g}, 20x2x4x4 32.02"]
     header = {"format": "safe_denoiser.bank", "version": "1", "names": "[]", "metadata": "{}",
               "calibration": json.dumps(dict.fromkeys(keys, 1e9))}
