@@ -19,6 +19,7 @@ from .gaussian import ByGaussians, fit
 from .kernel import rows, squared_distances
 from .neighbours import Official, Sgf, Spell
 from .parts import ENOUGH, Located, choose, separation, windows
+from .places import InsideMasks, by_windows
 from .prediction import Correction, Prediction
 from .stored import squared_norms_of
 from .witness import PRIOR, ByWitness
@@ -179,7 +180,7 @@ class SafeDenoiser:
     trusted: bool | None = None
     memory: dict = field(default_factory=dict, repr=False)
     _rules: dict = field(default_factory=dict, init=False, repr=False)  # by weight
-    _masked: dict = field(default_factory=dict, init=False, repr=False)  # the latest mask, and what is corrected inside it
+    _masks: InsideMasks = field(default_factory=InsideMasks, init=False, repr=False)
 
     def __post_init__(self):
         for name, choices in (("method", METHODS), ("weight", WEIGHTS), ("push", PUSHES)):
@@ -272,7 +273,7 @@ class SafeDenoiser:
         if self._hears(p):
             return self._by_witness(p)
         if self.inside:
-            return self._by_parts(p)
+            return by_windows(self.inside, self.bank.latents.shape[1:], p)
         weight = self.weight
         if weight == "auto":
             weight = ("evidence" if self.reference else "retain" if self.retain else
@@ -336,26 +337,6 @@ class SafeDenoiser:
             raise ValueError("weight 'witness' needs a prediction under the unwanted condition; connect unwanted, or choose weight 'auto'")
         return self.witness.correct(p, self.memory)
 
-    def _by_parts(self, p: Prediction, mask: Tensor | None = None) -> Correction:
-        """The correction of each window by itself; where windows overlap, the mean of theirs, weighed by r. With a mask (B, D) r counts
-        by the share of a window that is sampled: what is given shows what it shows.
-        """
-        item = self.bank.latents.shape[1:]
-        whole = [y if y is None else y.unflatten(1, item) for y in (p.x, p.denoised, *p.guides)]
-        found, total, weight = [], torch.zeros_like(whole[0]), torch.full_like(whole[0], 1e-12)
-        for place, inside in self.inside:
-            x, denoised, *guides = (y if y is None else y[place].flatten(1) for y in whole)
-            part = inside.correct(Prediction(x, denoised, p.sigma, p.alpha, *guides))
-            r = part.posterior if mask is None else part.posterior * mask.unflatten(1, item)[place].flatten(1).mean(1)
-            share = r.view(-1, *[1] * len(item))
-            total[place] += share * part.direction.view_as(total[place])
-            weight[place] += share
-            found.append(torch.stack([r, part.nearest, part.clamped, part.omitted]))
-        found = torch.stack(found)  # (P, 4, B)
-        r, best = found[:, 0].max(0)
-        _, nearest, clamped, omitted = found.gather(0, best.expand(1, 4, -1))[0]
-        return Correction((total / weight).flatten(1), r, nearest.long(), clamped.bool(), omitted)
-
     def _tuned(self, weight: str, tuned: dict[str, tuple[float, float]] = TUNED) -> tuple[float, float]:
         """prior and evidence: as given, else the weight's own."""
         given = self.prior, 0.0 if weight == "reference" else self.evidence
@@ -384,37 +365,9 @@ class SafeDenoiser:
                        reference=self.reference and self.reference.masked(root), semantic=None, parts=1, root=root, trusted=self.sees,
                        bandwidth=self.densities.bandwidth if bank else self.bandwidth, memory={})
 
-    def correct_inside(self, mask: Tensor, p: Prediction) -> Correction:
-        """`correct`, each row with distances inside its own mask (B, D) and no correction where the mask is 0.
-
-        Rows of one mask go together, so that the bank is read in one matmul per mask. Where the mask is between 0 and 1 the
-        correction is whole: the sampler's own blend, denoised m + latent (1 - m), weighs it by m.
-        """
-        if self._masked.get("mask") is None or not torch.equal(self._masked["mask"], mask):
-            kinds, kind = mask.unique(dim=0, return_inverse=True)
-            parts = [((kind == k).nonzero()[:, 0], self.masked(m)) for k, m in enumerate(kinds)]
-            before, known = self.memory.get("inside masks", (None, {}))
-            same = before is not None and torch.equal(before, mask)
-            for name, values in known.items():
-                for index, inside in parts if same or name != "tracked" else ():  # which has seen x as one mask shows it
-                    inside.memory[name] = tuple(value[index] for value in values)
-            self._masked.update(mask=mask, parts=parts)
-        parts = []
-        for index, inside in self._masked["parts"]:
-            x, denoised, *guides = (y if y is None else y[index] * inside.root
-                                    for y in (p.x, p.denoised, *p.guides))
-            part = inside.correct(Prediction(x, denoised, p.sigma[index], p.alpha[index], *guides))
-            whole = torch.where(inside.root > 0, part.direction / inside.root, 0)
-            parts.append((whole, part.posterior, part.nearest, part.clamped, part.omitted, part.projection))
-        order = torch.cat([index for index, _ in self._masked["parts"]]).argsort()
-        memories = [inside.memory for _, inside in self._masked["parts"]]
-        self.memory["inside masks"] = mask, {name: tuple(torch.cat(values)[order] for values in zip(*(memory[name] for memory in memories)))
-                                             for name in set.intersection(*map(set, memories))}
-        return Correction(*(values[0] if values[0] is None else torch.cat(values)[order] for values in zip(*parts)))
-
     def forget(self) -> None:
         """Begin a new run."""
-        self._masked.clear()
+        self._masks.forget()
         _emptied(self.memory)
 
     def opens(self, sigma: Tensor) -> Tensor:
@@ -460,7 +413,8 @@ class SafeDenoiser:
         else:
             mask = self._frames(mask.expand_as(x))[0].flatten(1).to(dtype)
             by_parts = not self._hears(prediction) and self.inside
-            correction = self._by_parts(prediction, mask) if by_parts else self.correct_inside(mask, prediction)
+            correction = (by_windows(self.inside, self.bank.latents.shape[1:], prediction, mask) if by_parts else
+                          self._masks.correct(mask, prediction, self.masked, self.memory))
         corrected = predicted + self.strength * correction.direction
         size = abs(self.strength) * correction.direction.norm(dim=1) / predicted.norm(dim=1).clamp_min(1e-12)
         finite = torch.isfinite(corrected).all(1) & torch.isfinite(size)
