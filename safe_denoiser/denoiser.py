@@ -14,14 +14,14 @@ from torch import Tensor
 from .bank import Bank
 from .by_banks import ByBanks
 from .by_beta import ByBeta
-from .densities import SAMPLE, Densities
+from .densities import Densities
 from .gaussian import ByGaussians, fit
-from .kernel import rows, squared_distances
+from .kernel import rows
 from .neighbours import Official, Sgf, Spell
-from .parts import ENOUGH, Located, choose, separation, windows
+from .parts import Located, choose, windows
 from .places import InsideMasks, by_windows
 from .prediction import Correction, Prediction
-from .stored import squared_norms_of
+from .trust import between_neighbours, tells_apart
 from .witness import PRIOR, ByWitness
 
 METHODS = ("safe_denoiser", "spell", "official", "official_sd3", "sgf")
@@ -36,8 +36,6 @@ RANGES = {  # of the settings that are numbers
     "strength": (-1e6, 1e6), "sigma_start": (0, math.inf), "sigma_end": (0, math.inf), "prior": (1e-12, 1 - 1e-15), "evidence": (0, 1e6),
     "bandwidth": (0, 1e30), "temperature": (1e-6, 1e30), "posterior_max": (1e-12, 1 - 1e-15), "beta_max": (0, 1e6), "radius": (0, math.inf),
     "threshold": (0, math.inf), "parts": (1, 64)}
-SEEN = 0.85  # area under the ROC curve of banks by distance, from which kernels are trusted: digits 0.88 to 0.99, photographs below 0.83
-COPIES = 0.02  # share of copies of a bank's pictures in what the model makes, from which they count as memorised
 
 
 @dataclass(frozen=True)
@@ -81,17 +79,6 @@ def _emptied(memory: dict) -> None:
             _emptied(value)
         else:
             del memory[name]
-
-
-def _between_neighbours(latents: Tensor) -> float:
-    """Median distance of an item of flat latents (N, D) to its nearest neighbour; of a large bank, of SAMPLE of its items."""
-    count = min(len(latents), SAMPLE)
-    chosen, nearest = torch.arange(count, device=latents.device) * len(latents) // count, []
-    norms = squared_norms_of(latents)
-    for rows_of in chosen.split(32):  # a table of all pairs would not fit
-        distances = squared_distances(latents[rows_of], latents, rows(1.0, latents[rows_of]), norms)
-        nearest.append(distances.scatter_(1, rows_of[:, None], math.inf).amin(1))
-    return float(torch.cat(nearest).sqrt().median())
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +243,7 @@ class SafeDenoiser:
         if len(self.latents) == 1:
             return float(self.latents.norm())
 
-        return self.bank.recall(f"neighbour distance {self.method}", lambda: _between_neighbours(self.latents))
+        return self.bank.recall(f"neighbour distance {self.method}", lambda: between_neighbours(self.latents))
 
     @cached_property
     def densities(self) -> Densities:
@@ -315,18 +302,7 @@ class SafeDenoiser:
         """
         if self.trusted is not None:
             return self.trusted
-        if self.bank is None or self.other is None or self.method != "safe_denoiser":
-            return False
-        if min(len(self.bank), len(self.other)) < ENOUGH or self.bank.latents.ndim < 3:  # that cannot be judged
-            return True
-        return separation(self.bank, self.other, 1) > SEEN or self.bank.recall(f"copies in {self.other.fingerprint}", self._copies) > COPIES
-
-    def _copies(self) -> float:
-        """Share of the other bank's items that lie twice as near to one of the bank's as the bank's own do to each other."""
-        some = self.densities.sample
-        mine, theirs = (bank.latents[:].flatten(1).to(some.latents) for bank in (some, self.other.sample(SAMPLE)))
-        nearest = squared_distances(theirs, mine, rows(1.0, theirs)).amin(1).sqrt()
-        return float((nearest < _between_neighbours(mine) / 2).float().mean())
+        return self.bank is not None and self.other is not None and self.method == "safe_denoiser" and tells_apart(self.bank, self.other)
 
     def _hears(self, p: Prediction) -> bool:
         """Whether the model itself is asked, and not the banks."""

@@ -136,13 +136,14 @@ def test_the_posterior_is_that_of_float64(sigma, alpha, scale, near):
 
 def test_the_distance_between_neighbours_of_a_large_bank_takes_no_table_of_all_pairs():
     from benchmarks.step_cost import Allocations
-    from safe_denoiser.denoiser import SAMPLE, _between_neighbours
+    from safe_denoiser.densities import SAMPLE
+    from safe_denoiser.trust import between_neighbours
 
     small, large = draw(SAMPLE, 24), draw(20_000, 24, seed=1)
     every = torch.cdist(small.double(), small.double()).fill_diagonal_(math.inf).amin(1).median()
-    assert abs(_between_neighbours(small) - float(every)) < 1e-4
+    assert abs(between_neighbours(small) - float(every)) < 1e-4
     with Allocations() as counted:
-        found = _between_neighbours(large)
+        found = between_neighbours(large)
     assert counted.peak < 60e6, "all pairs are 1.6 GB"
     some = torch.cdist(large[:300].double(), large.double())
     assert abs(found / float(some.masked_fill_(some < 1e-4, math.inf).amin(1).median()) - 1) < 0.05
