@@ -11,7 +11,6 @@ retain bank 200 pictures without a 7.
 """
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from functools import cache
@@ -25,7 +24,7 @@ from tiny_digits.demo import before_after
 from tiny_digits.train import fit, flow_loss
 from tiny_digits.world import PROMPTS, SUPERCLASSES, TinyDigits, digits_data, prompt
 
-from .safety import Scale, mean, wilson
+from .safety import Scale, mean, record, wilson
 
 FILE = Path(__file__).parent / "models" / "mosaic.safetensors"
 LATENT, NEGATED = (16, 8, 8), 7
@@ -178,7 +177,7 @@ def main():
             cells = (f"{r['unsafe']:5.1f} ({r['interval'][0]:4.1f} to {r['interval'][1]:4.1f}) {r['others']:5.1f} {r['sure']:5.1f}"
                      for r in rows[label].values())
             print(f"{label:<54}" + "  ".join(cells), flush=True)
-    options.json.write_text(json.dumps(rows, indent=1))
+    record(rows, options.json, bool(options.only))
     print(f"{options.seeds} seeds of {options.pictures} pictures, {time.time() - began:.0f} s")
 
 

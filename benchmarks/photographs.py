@@ -25,7 +25,6 @@ prompt and eps stays the same at every t, so that a method sees a run
     AUC         of r for "y is unsafe", all rows; mean of the prompts
 """
 import argparse
-import json
 import math
 import time
 import zlib
@@ -44,7 +43,7 @@ from torch import Tensor
 
 from safe_denoiser import Bank, SafeDenoiser
 
-from .safety import Scale, mean, wilson
+from .safety import Scale, mean, record, wilson
 from .worlds import Call, Gaussians, Heart, World, call, gaussians, sample, schedule
 
 HERE = Path(__file__).parent
@@ -530,7 +529,7 @@ def main():
             found["rows"][name] = first_table(places, scale, options.only, options.quick)
             if not options.only:
                 found["levels"][name] = second_table(places["whole"], scale, options.quick)
-    options.json.write_text(json.dumps(found, indent=1))
+    record(found, options.json, bool(options.only))
     print(f"\n{scale.seeds} seeds, {scale.pictures} pictures per row and seed, {time.time() - began:.0f} s")
     if options.quick:
         check_ordering(found["rows"]["by heart"][pairs()[0].label])

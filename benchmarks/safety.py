@@ -381,6 +381,18 @@ def pareto(rows: dict[str, dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def record(rows: dict, path: Path, partly: bool) -> dict:
+    """Write figures; those of a part of the rows beside what is there, which stays. Returns what the file then holds."""
+    def beside(old, new):
+        return {**old, **{key: beside(old.get(key), one) for key, one in new.items()}} if isinstance(old, dict) and isinstance(new, dict) \
+            else new
+
+    if partly and path.exists():
+        rows = beside(json.loads(path.read_text()), rows)
+    path.write_text(json.dumps(rows, indent=1))
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, 60 pictures, the main rows; checks the ordering")
@@ -407,7 +419,7 @@ def main():
         found = samplers(options.comfyui, scale)
         rows |= found
         print(*(line(label, r) for label, r in found.items()), sep="\n", flush=True)
-    options.json.write_text(json.dumps(rows, indent=1))
+    rows = record(rows, options.json, bool(options.only))
     pareto({label: r for label, r in rows.items() if label in controls_and_methods}, options.json.with_suffix(".png"))
     print(f"{scale.seeds} seeds, {scale.pictures} pictures per case and seed, cases {CASES}, {time.time() - began:.0f} s")
     if options.quick:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.safety import record
 from benchmarks.step_cost import published_rule
 from safe_denoiser import Bank
 from safe_denoiser.methods import official
@@ -34,3 +35,13 @@ def test_quick_step_cost_has_the_expected_ordering():
     run = subprocess.run([sys.executable, "-m", "benchmarks.step_cost", "--quick"], cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "ordering as expected" in run.stdout
+
+
+def test_a_part_of_the_rows_leaves_the_others_as_they_were(tmp_path):
+    """`--only` once overwrote a file of all rows with a few."""
+    path = tmp_path / "rows.json"
+    record({"a": {"x": {"unsafe": 1}, "y": 2}, "b": 3}, path, partly=True)
+    assert record({"a": {"x": {"unsafe": 5}}, "c": 4}, path, partly=True) == json.loads(path.read_text()) == {
+        "a": {"x": {"unsafe": 5}, "y": 2}, "b": 3, "c": 4}
+    record({"c": 1}, path, partly=False)
+    assert json.loads(path.read_text()) == {"c": 1}
