@@ -395,14 +395,14 @@ def record(rows: dict, path: Path, partly: bool) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, 60 pictures, the main rows; checks the ordering")
+    parser.add_argument("--quick", action="store_true", help="one seed, 36 pictures, the main rows; checks the ordering")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=100, help="per case and seed")
     parser.add_argument("--only", default="", help="only rows whose label contains this")
     parser.add_argument("--comfyui", metavar="PATH", help="a ComfyUI's folder: its samplers are compared too")
     parser.add_argument("--json", type=Path, default=HERE / "safety.json", help="where the figures go; the plot goes beside it")
     options = parser.parse_args()
-    scale, began = Scale(1, 60) if options.quick else Scale(options.seeds, options.pictures), time.time()
+    scale, began = Scale(1, 36) if options.quick else Scale(options.seeds, options.pictures), time.time()
     rows, listed = controls(scale), methods()
     controls_and_methods = {*rows, *listed, *witnesses()}
     wanted = {label: (make, {}) for label, make in listed.items()} | witnesses() | distilled() | ablations() | scenarios()
