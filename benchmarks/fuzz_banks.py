@@ -23,7 +23,6 @@ ODD = [None, True, -1, 0, 1, 2**31, 2**63, 1e308, "", "latents", "\ud800", "1" *
        "NaN", "[NaN]", '{"origin": "[9, 9, 9]"}', "F64", "I64", "BOOL", "F8_E4M3", [0, 0], [2**40, 2**20], [1], [3, 2, 4, 4]]
 
 
-
 def originals(folder: Path) -> list[bytes]:
     """A plain bank, one with weights and names, a compressed one, one with an index, and one in half precision."""
     draw = torch.Generator().manual_seed(0)

@@ -8,8 +8,8 @@ from . import bank, check, class_condition, clip, curate, describe, folders, neg
 
 class SafeDenoiserExtension(ComfyExtension):
     async def get_node_list(self):
-        if versions.too_old():
-            logging.warning(versions.too_old())
+        if line := versions.too_old():
+            logging.warning(line)
         folders.register()  # before any schema lists its files
         stations = (negation_set, bank, reference, sample, report, clip, curate, check, semantic, class_condition, describe)
         return [node for station in stations for node in station.NODES]

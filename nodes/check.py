@@ -1,5 +1,4 @@
 """Check Images and Fill Blocked Images: what came out all the same does not leave."""
-
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker

@@ -96,7 +96,10 @@ def list_clips() -> list[str]:
         names |= {name for name in whole.values() if name}
         names |= {name for path, name in files.items() if path.name != CONFIG and not whole.keys() & set(path.parents)}
     for root in roots("clip_vision"):
-        names |= {name for path, name in _files(root, lambda path: path.suffix == ".safetensors") if _is_whole(path, state_of(path))}
+        for path, name in _files(root, lambda path: path.suffix == ".safetensors"):
+            with suppress(OSError):  # gone in the meantime
+                if _is_whole(path, state_of(path)):
+                    names.add(name)
     return sorted(names)
 
 

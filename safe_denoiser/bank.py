@@ -2,7 +2,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,12 @@ from .stored import BLOCK, Stored, squared_norms_of
 
 RECALLED = 512  # numbers, or short lists of them, that are kept of calibrations
 _recalled: dict[tuple[str, str], float | list] = {}
+
+
+@lru_cache(maxsize=4)
+def _direction(size: int) -> torch.Tensor:
+    """A random direction in so many dimensions, always the same; kept, since banks inside changing masks ask at each step."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +87,7 @@ class Bank:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of what the bank holds: of each item its length, its place along one random direction, and its weight."""
-        direction = torch.randn(self.latents.shape[1:].numel(), generator=torch.Generator().manual_seed(0)).to(self.latents.device)
+        direction = _direction(self.latents.shape[1:].numel()).to(self.latents.device)
         count = max(1, BLOCK // direction.numel())
         along = [self.latents[i:i + count].flatten(1).to(direction.dtype) @ direction for i in range(0, len(self), count)]
         told = torch.stack([self.squared_norms.double(), torch.cat(along).double(), self.log_weights.double()])
