@@ -19,8 +19,10 @@ import torch
 from PIL import Image
 
 from safe_denoiser import Bank, NegationSet, SafeDenoiser
+from safe_denoiser.check import check
 from safe_denoiser.clip import Clip, load_clip
-from safe_denoiser.meaning import SemanticPosterior, alarm_threshold, check, choose, likeness, text_scores, twins
+from safe_denoiser.meaning import alarm_threshold, choose, likeness, text_scores, twins
+from safe_denoiser.semantic import SemanticPosterior
 from tiny_digits.train import WORDS
 from tiny_digits.world import CLIP, LATENT, digits_data, prompt
 

@@ -3,7 +3,8 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..safe_denoiser.meaning import alarm_threshold, check
+from ..safe_denoiser.check import check
+from ..safe_denoiser.meaning import alarm_threshold
 from .bank import picture_stream
 from .clip import clip_inputs, embed
 from .types import CATEGORY, CheckedType, NegationSetType, found_by

@@ -2,9 +2,8 @@
 import torch
 from comfy_api.latest import io, ui
 
-from ..safe_denoiser import NegationSet
+from ..safe_denoiser import NegationSet, sheets
 from ..safe_denoiser.meaning import choose, nearest, text_scores
-from ..safe_denoiser.negation_set import evenly
 from .clip import clip_inputs, embed
 from .negation_set import preview_input, to_image
 from .types import CATEGORY, PREVIEWS, NegationSetType, found_by
@@ -19,9 +18,9 @@ def sheet(negation_set: NegationSet, groups: list[list[int]], scores: torch.Tens
     """Contact sheet of a few pictures of each group with score and fate, or None when the preview is off."""
     if style == "off":
         return None
-    rows = [i for group in groups if group for i in evenly(group, 8)]
+    rows = [i for group in groups if group for i in sheets.evenly(group, 8)]
     captions = [f"{scores[i]:.2f} {words[i].partition(',')[0]}" for i in rows]  # why is in the table
-    return ui.PreviewImage(to_image(negation_set.sheet(rows, [title], style == "blurred", captions)), cls=cls)
+    return ui.PreviewImage(to_image(sheets.sheet(negation_set, rows, [title], style == "blurred", captions)), cls=cls)
 
 
 MEANING = "in plain words, one meaning per line; of several, the best counts."

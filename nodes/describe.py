@@ -3,7 +3,7 @@ import torch
 from comfy_api.latest import io
 
 from ..safe_denoiser import NegationSet
-from ..safe_denoiser.meaning import describe
+from ..safe_denoiser.describe import describe
 from .clip import clip_inputs, embed
 from .curate import SCORED, sheet
 from .live import Live

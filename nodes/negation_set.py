@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..safe_denoiser import NegationSet, combine_sets
+from ..safe_denoiser import NegationSet, combine_sets, sheets
 from . import folders
 from .live import progress
 from .types import CATEGORY, PREVIEWS, NegationSetType, found_by
@@ -21,8 +21,8 @@ def contact_sheet(negation_set: NegationSet, name: str, style: str, cls) -> ui.P
     """Contact sheet for the node, or None when the preview is off."""
     if style == "off":
         return None
-    sheet = negation_set.contact_sheet(name, blurred=style == "blurred")
-    return ui.PreviewImage(to_image(sheet), cls=cls)
+    page = sheets.contact_sheet(negation_set, name, blurred=style == "blurred")
+    return ui.PreviewImage(to_image(page), cls=cls)
 
 
 SHEET = ("Contact sheet on the node, up to 16 pictures. Blurred by default, since sets hold what people do not want to see. off: no "

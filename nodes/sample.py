@@ -3,7 +3,8 @@ import comfy.samplers
 import nodes as comfy_nodes
 from comfy_api.latest import io
 
-from ..safe_denoiser.denoiser import METHODS, WEIGHTS
+from ..safe_denoiser.denoiser import METHODS, SafeDenoiser
+from ..safe_denoiser.settings import WEIGHTS
 from .steer import patch
 from .types import CATEGORY, NegationBankType, ReportType, SemanticType, found_by
 
@@ -33,11 +34,11 @@ def condition_inputs() -> list[io.Input]:
 
 def guidance_inputs() -> list[io.Input]:
     return [
-        io.Combo.Input("method", options=list(METHODS), default="safe_denoiser",
+        io.Combo.Input("method", options=list(METHODS), default=SafeDenoiser.method,
                        tooltip="safe_denoiser: steers by the banks that are connected (recommended). spell: pushes out of a shield around "
                                "each picture. official: the rule of the paper's published code; set strength 0.33 and window 0 to 0.22 as "
                                "published."),
-        io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01,
+        io.Float.Input("strength", default=SafeDenoiser.strength, min=0.0, max=10.0, step=0.01,
                        tooltip="How far each prediction is moved: 1 as derived, 0 off (bit for bit the stock sampler), up to 2 for more."),
         io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01,
                        tooltip="Fraction of the schedule at which the safe denoiser starts. 0: from the first step."),
@@ -64,7 +65,7 @@ class ApplySafeDenoiser(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch; it is cloned, the original stays as it is."), *bank_inputs(),
                 method, strength, *rest,
-                io.Combo.Input("weight", options=list(WEIGHTS), default="auto",
+                io.Combo.Input("weight", options=list(WEIGHTS), default=SafeDenoiser.weight,
                                tooltip="How P(unsafe) is found. auto: witness with an unwanted condition; else evidence with a "
                                        "reference bank (gaussian where distances cannot tell the banks apart), retain with a retain "
                                        "bank, else unconditional (leave the negative prompt empty), else, at cfg 1, gate. The others "
@@ -81,7 +82,7 @@ class ApplySafeDenoiser(io.ComfyNode):
                                tooltip="Spreads the weights over more pictures. 1: exact densities. 0: automatic."),
                 io.Float.Input("radius", default=0.0, min=0.0, max=10_000.0, step=0.1,
                                tooltip="Shield radius of spell, latent L2 distance. 0: automatic."),
-                io.Float.Input("threshold", default=1e-9, min=0.0, max=1e6, step=1e-9, round=False,
+                io.Float.Input("threshold", default=SafeDenoiser.threshold, min=0.0, max=1e6, step=1e-9, round=False,
                                tooltip="Gate of method official: open where the kernel sum exceeds it. 0: always open."),
                 SemanticType.Input("semantic", optional=True,
                                    tooltip="Experimental, from Semantic Posterior: P(unsafe) by what the prediction means. Needs "
@@ -100,11 +101,11 @@ class ApplySafeDenoiser(io.ComfyNode):
     def execute(cls, model, method, strength, start, end, bank_size, weight, prior, evidence, bandwidth, temperature, radius, threshold,
                 negation_bank=None, retain_bank=None, reference_bank=None, semantic=None, parts=0, unwanted=None,
                 neutral=None) -> io.NodeOutput:
-        return io.NodeOutput(*patch(
-            model, dict(bank=negation_bank, retain=retain_bank, reference=reference_bank), start, end, bank_size, semantic, unwanted,
-            neutral, method=method, weight=weight, strength=strength, prior=prior or None, evidence=None if evidence < 0 else evidence,
-            bandwidth=bandwidth or None,
-            temperature=temperature or None, radius=radius or None, threshold=threshold, parts=parts or None))
+        banks = dict(bank=negation_bank, retain=retain_bank, reference=reference_bank)
+        numbers = dict(prior=prior, bandwidth=bandwidth, temperature=temperature, radius=radius, parts=parts)
+        automatic = {name: value or None for name, value in numbers.items()} | {"evidence": None if evidence < 0 else evidence}
+        return io.NodeOutput(*patch(model, banks, start, end, bank_size, semantic, unwanted, neutral, method=method, strength=strength,
+                                    weight=weight, threshold=threshold, **automatic))
 
 
 class SafeKSampler(io.ComfyNode):

@@ -1,7 +1,7 @@
 """Semantic Posterior: P(unsafe) by what a prediction means."""
 from comfy_api.latest import io
 
-from ..safe_denoiser.meaning import SemanticPosterior
+from ..safe_denoiser.semantic import SemanticPosterior
 from .clip import clip_inputs, embed
 from .types import CATEGORY, NegationSetType, SemanticType, found_by
 

@@ -157,7 +157,7 @@ class Run:
         self.sampling, self.rises = None, False  # until it begins
 
     def _hold(self, shape) -> dict:
-        return {name: hold(bank, self.patcher, shape, self.patch.bank_size) for name, bank in self.patch.banks.items() if bank is not None}
+        return {name: hold(bank, self.patcher, shape, self.patch.bank_size) for name, bank in self.patch.banks.items()}
 
     def begin(self, guider, noise: torch.Tensor, sigmas: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> None:
         """The sampler is about to start: the model is loaded, and the banks with it."""
@@ -173,7 +173,8 @@ class Run:
             self.note(f"compared by parts of the picture, in {len(denoiser.inside)} windows")
         if "unwanted" in self.patch.connected and denoiser.method != "safe_denoiser":
             self.note(f"method {denoiser.method} does not know the unwanted condition, only safe_denoiser does")
-        origin = self.patch.banks["bank"] and self.patch.banks["bank"].metadata.get("origin")  # of a compressed bank: the picture that
+        bank = self.patch.denoiser.bank
+        origin = bank and bank.metadata.get("origin")  # of a compressed bank: the picture that
         self.origin = origin and torch.tensor(json.loads(origin), device=noise.device)  # each prototype stands for
 
     def note(self, text: str) -> None:
@@ -184,11 +185,10 @@ class Run:
         """What corrects, with banks in the form for one size."""
         for note in filter(None, (one.note for one in held.values())):
             self.note(note)
-        patch = self.patch
-        banks = {name: held[name].bank if name in held else None for name in patch.banks}
-        start = 0.0 if self.rises else std_at(self.sampling, patch.start)
-        return SafeDenoiser(**banks, **patch.settings, sigma_start=start, sigma_end=std_at(self.sampling, patch.end), memory=self.memory,
-                            semantic=patch.semantic and patch.semantic(guider.inner_model.process_latent_out))
+        patch, semantic = self.patch, self.patch.denoiser.semantic
+        return replace(patch.denoiser, **{name: one.bank for name, one in held.items()}, memory=self.memory,
+                       sigma_start=0.0 if self.rises else std_at(self.sampling, patch.start), sigma_end=std_at(self.sampling, patch.end),
+                       semantic=semantic and semantic(guider.inner_model.process_latent_out))
 
     def denoiser_for(self, guider, x: torch.Tensor) -> SafeDenoiser:
         """What corrects x, which some samplers make larger on their way; then banks that may be resized follow."""
@@ -238,19 +238,18 @@ class Patch:
     """What a patched model does: the wrappers through which guiders sample it, and their runs.
 
     Args:
-        banks: `bank`, `retain` and `reference`, as SafeDenoiser names them.
+        denoiser: its banks, of any size, and its settings; `semantic` is what begins one for a run, from Semantic Posterior.
         start, end: window, as fractions of the schedule.
         bank_size: "exact" refuses a bank of another size, "interpolate" resizes it.
-        semantic: from Semantic Posterior.
         connected: `unwanted` and `neutral`, where they are: CONDITIONING that means what must not come out, and one that means nothing in
             particular.
-        settings: the other arguments of SafeDenoiser.
     """
 
-    def __init__(self, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, semantic, connected: dict, settings: dict):
-        self.banks, self.start, self.end, self.bank_size, self.semantic = banks, start, end, bank_size, semantic
-        self.connected, self.settings, self.on = connected, settings, settings["strength"] != 0
-        self.given = connected if self.on and settings["method"] == "safe_denoiser" else {}
+    def __init__(self, denoiser: SafeDenoiser, start: float, end: float, bank_size: str, connected: dict):
+        self.denoiser, self.start, self.end, self.bank_size, self.connected = denoiser, start, end, bank_size, connected
+        self.banks = {name: bank for name in ("bank", "retain", "reference") if (bank := getattr(denoiser, name)) is not None}
+        self.on = denoiser.strength != 0
+        self.given = connected if self.on and denoiser.method == "safe_denoiser" else {}
         self.report, self.runs = Report([], [], source()), WeakKeyDictionary()  # by guider: one never runs twice at a time
 
     def patched(self, model):
@@ -350,8 +349,8 @@ class Patch:
 def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, semantic=None, unwanted=None, neutral=None,
           **settings):
     """A clone of `model` that samples away from the bank and the unwanted condition, and the Report of its latest run; see `Patch`."""
-    require(banks, unwanted, neutral, settings["method"], settings.get("weight", "auto"))
-    SafeDenoiser(**banks, **settings, semantic=semantic)  # says at once what is wrong with them
+    require(banks, unwanted, neutral, settings["method"], settings.get("weight", SafeDenoiser.weight))
+    denoiser = SafeDenoiser(**banks, **settings, semantic=semantic)  # says at once what is wrong with them
     connected = {name: one for name, one in (("unwanted", unwanted), ("neutral", neutral)) if one is not None}
-    made = Patch(banks, start, end, bank_size, semantic, connected, settings)
+    made = Patch(denoiser, start, end, bank_size, connected)
     return made.patched(model), made.report

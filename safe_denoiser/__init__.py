@@ -6,10 +6,11 @@ Source: Kim, Kim, Yusuf, Ermon, Park, "Training-Free Safe Denoisers for Safe Use
 """
 from .bank import Bank, merge_banks
 from .clusters import compress_bank, index_bank
-from .denoiser import SafeDenoiser, Step
+from .denoiser import SafeDenoiser
 from .encode import encode_bank
 from .kernel import Posterior, posterior
 from .negation_set import NegationSet, combine_sets
+from .prediction import Step
 from .report import Report
 from .storage import LatentCache, load_bank, save_bank
 

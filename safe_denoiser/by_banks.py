@@ -12,12 +12,14 @@ from .bank import Bank
 from .densities import Densities
 from .kernel import Posterior
 from .prediction import Correction, Prediction, largest
+from .rule import Rule
+from .view import View
 
 RELEASE = 0.7, 0.9  # share of the way to E_u that a prompt pulls: where its guidance begins to be let go, and where all of it is
 
 
 @dataclass(frozen=True, eq=False)
-class ByBanks:
+class ByBanks(Rule):
     """r from densities and from the prediction itself; the forms are those of `SafeDenoiser`, as is what the settings mean.
 
     Args:
@@ -38,8 +40,12 @@ class ByBanks:
     semantic: Callable[[Tensor, Tensor], Tensor] | None = None
     lets_go: Callable[[], bool] = bool
 
+    @classmethod
+    def of(cls, view: View, weight: str) -> "ByBanks":
+        return cls(view.densities, weight, view.reference, view.retain, *view.settings.tuned(weight), view.settings.posterior_max,
+                   view.semantic, lambda: view.sees)
+
     def correct(self, p: Prediction, memory: dict) -> Correction:
-        """The correction at strength 1; `memory` is what a run remembers, and is changed."""
         if self.weight == "unconditional" and p.unconditional is None:
             raise ValueError("weight 'unconditional' needs the unconditional prediction, and there is none: cfg is 1, or the guider makes "
                              "none; raise cfg, connect a reference bank, or choose weight 'auto'")

@@ -10,10 +10,12 @@ from .by_banks import ByBanks
 from .densities import Densities
 from .kernel import Posterior
 from .prediction import Correction, Prediction
+from .rule import Rule
+from .view import View
 
 
 @dataclass(frozen=True, eq=False)
-class ByBeta:
+class ByBeta(Rule):
     """denoised + beta (denoised - E_u), or as `push` says, with beta from the bank alone or from a ratio of densities.
 
     Args:
@@ -31,8 +33,13 @@ class ByBeta:
     push: str
     ratio: ByBanks | None = None
 
+    @classmethod
+    def of(cls, view: View, weight: str) -> "ByBeta":
+        prior, _ = view.settings.tuned(weight)
+        return cls(view.densities, weight, prior, view.settings.posterior_max, view.settings.beta_max, view.settings.push,
+                   ByBanks.of(view, weight))
+
     def correct(self, p: Prediction, memory: dict) -> Correction:
-        """The correction at strength 1; `memory` is what a run remembers, and is changed."""
         if self.push == "unconditional" and p.unconditional is None:
             raise ValueError("push 'unconditional' needs the unconditional prediction, and there is none: cfg is 1, or the guider makes "
                              "none; raise cfg or push 'guided'")

@@ -79,7 +79,8 @@ def temperature_for(bank: Bank, bandwidth: float, perplexity: float, root: Tenso
         bandwidth: h. perplexity: the target, at least 1.
     """
     noised, inside = _Noised(bank, root), bank.latents.flatten(1).float()
-    s = float((inside if root is None else inside[:, root > 0]).std(correction=0))
+    inside = inside if root is None else inside[:, root > 0]
+    s = float(inside.std(correction=0)) if inside.numel() else 0.0  # where nothing is sampled
     low, high = -10.0, 20.0
     for _ in range(30):
         middle = (low + high) / 2

@@ -1,23 +1,15 @@
 """NegationSet: image files -> fingerprints and lazily decoded pictures."""
 import hashlib
-import re
-import stat
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
 
-from .pictures import EXTENSIONS, LARGEST, File, archive, blur, examine, printable, state_of, write
-
-
-def _natural(name: str) -> list:
-    """Sort key: picture_2 before picture_10."""
-    parts = re.split(r"(\d+)", name)  # text and digits in turn
-    return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part.lower() for i, part in enumerate(parts)]
+from .listing import in_folder, in_zip, natural, readable
+from .pictures import EXTENSIONS, File, archive, printable, state_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +56,8 @@ class NegationSet:
             raise FileNotFoundError(f"negation set folder {folder.name!r} does not exist; create {folder} "
                                     f"and put the pictures that must not come out into it")
         files = sorted((file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and not file.is_dir()),
-                       key=lambda file: _natural(file.name))
-        found = cls._gather(((file.name, cls._file(file, folder)) for file in files), len(files), max_images, progress)
+                       key=lambda file: natural(file.name))
+        found = cls._of(((file.name, in_folder(file, folder)) for file in files), len(files), max_images, progress)
         return found._or_complain(f"folder {folder.name!r}", f"put PNG, JPEG or WebP files into {folder}")
 
     @classmethod
@@ -91,51 +83,13 @@ class NegationSet:
             raise ValueError(f"negation set {path.name!r} is not a readable zip file ({error}); make or copy it again") from error
         pictures = {m.filename: m for m in members if PurePosixPath(m.filename).suffix.lower() in EXTENSIONS | {".zip"} and not m.is_dir()
                     and not PurePosixPath(m.filename).name.startswith("._")}  # what macOS adds
-        found = cls._gather(((name, cls._member(path, pictures[name], state)) for name in sorted(pictures, key=_natural)), len(pictures),
+        found = cls._of(((name, in_zip(path, pictures[name], state)) for name in sorted(pictures, key=natural)), len(pictures),
                             max_images, progress)
         return found._or_complain(f"zip file {path.name!r}", f"put PNG, JPEG or WebP files into {path}")
 
-    @staticmethod
-    def _file(path: Path, folder: Path) -> tuple[File | str, int]:
-        """The picture and its bytes, or a reason why there is none."""
-        try:
-            if not path.resolve().is_relative_to(folder.resolve()):
-                return "link to a file outside the folder", 0
-            status = path.stat()
-            if not stat.S_ISREG(status.st_mode):  # to read a pipe or a device would never end
-                return "not a file", 0
-            return File(path, state_of(path)), status.st_size
-        except FileNotFoundError:
-            return "broken link", 0
-        except (OSError, RuntimeError) as error:  # no permission; a link to itself
-            return f"{type(error).__name__}: {getattr(error, 'strerror', None) or 'it cannot be found'}", 0
-
-    @staticmethod
-    def _member(path: Path, member: zipfile.ZipInfo, state: tuple[int, ...]) -> tuple[File | str, int]:
-        if PurePosixPath(member.filename.replace("\\", "/")).is_absolute() or ".." in re.split(r"[/\\]", member.filename):
-            return "leads out of the zip file", 0
-        if member.filename.lower().endswith(".zip"):
-            return "a zip file in a zip file; unpack it", 0
-        if member.flag_bits & 1:
-            return "encrypted; make the zip file without a password", 0
-        if member.file_size > LARGEST:
-            return f"larger than {LARGEST >> 20} MB", 0
-        return File(path, state, member.filename), member.file_size
-
     @classmethod
-    def _gather(cls, candidates: Iterable[tuple[str, tuple[File | str, int]]], count: int, max_images: int, progress) -> "NegationSet":
-        """The set of those that are readable, by name."""
-        kept, skipped = [], []
-        for done, (name, (file, size)) in enumerate(candidates, 1):
-            fingerprint, reason = ("", file) if isinstance(file, str) else examine(file)
-            if reason:
-                skipped.append((printable(name), reason))
-            else:
-                kept.append((printable(name), size, file, fingerprint))
-            if progress:
-                progress(done, min(count, max_images or count))
-            if max_images and len(kept) >= max_images:
-                break
+    def _of(cls, *candidates) -> "NegationSet":
+        kept, skipped = readable(*candidates)
         names, sizes, readers, fingerprints = zip(*kept) if kept else ((), (), (), ())
         return cls(names, fingerprints, readers, tuple(skipped), size=sum(sizes))
 
@@ -218,38 +172,6 @@ class NegationSet:
             return tuple(values[i] for i in rows) if values else ()
 
         return NegationSet(of(self.names), of(self.fingerprints), of(self.readers), weights=of(self.weights), latents=of(self.latents))
-
-    def contact_sheet(self, title: str = "", count: int = 16, blurred: bool = True) -> Image.Image:
-        """Up to `count` pictures, evenly picked, in a grid under a line of text; blurred beyond recognition by default."""
-        lines = [self.describe(title), *(f"skipped {name}: {reason}" for name, reason in self.skipped[:3])]
-        return self.sheet(evenly(range(len(self)), count), lines, blurred)
-
-    def sheet(self, rows: Sequence[int], lines: Sequence[str], blurred: bool = True, captions: Sequence[str] = ()) -> Image.Image:
-        """These pictures in a grid under lines of text, each over its own caption, where there are captions (one per row)."""
-        tile, columns, line, foot = 128, 4, 28, 20 if captions else 0
-        top = line * len(lines) + 8
-        sheet = Image.new("RGB", (tile * columns, top + (tile + foot) * -(-len(rows) // columns)), "black")
-        draw = ImageDraw.Draw(sheet)
-        for row, text in enumerate(lines):
-            write(draw, (4, 2 + row * line), printable(text), "white", 22, width=sheet.width - 8)
-        for place, i in enumerate(rows):
-            corner = place % columns * tile, top + place // columns * (tile + foot)
-            sheet.paste(self.thumbnail(i, tile, blurred), corner)
-            if captions:
-                write(draw, (corner[0] + 2, corner[1] + tile + 1), printable(captions[place]), "white", 14, width=tile - 4)
-        return sheet
-
-    def thumbnail(self, i: int, tile: int, blurred: bool = True) -> Image.Image:
-        """A square thumbnail of picture i; `blurred` keeps 6 x 6 colours of it. An item without a picture is a grey tile."""
-        if self.latents and self.latents[i] is not None:
-            return Image.new("RGB", (tile, tile), "gray")
-        pixels = blur(self.readers[i]()) if blurred else self.readers[i]()
-        return ImageOps.fit(Image.fromarray((pixels * 255).round().byte().numpy()), (tile, tile))
-
-
-def evenly(rows: Sequence[int], count: int) -> list[int]:
-    """Up to `count` of these, evenly picked, in order."""
-    return [rows[i * len(rows) // min(count, len(rows))] for i in range(min(count, len(rows)))]
 
 
 def combine_sets(sets: Sequence[NegationSet], weights: Sequence[float] = ()) -> NegationSet:

@@ -7,41 +7,49 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import methods
+from .bank import Bank
 from .prediction import Correction, Prediction
+from .rule import Rule
+from .settings import Settings
+from .view import View
 
 
-def _answer(direction: Tensor, gate: Tensor, factor: Tensor) -> Correction:
-    """A direction (B, D), how far it counts (B,), and how much each item of the bank does (B, N)."""
-    return Correction(direction, gate, factor.argmax(1), torch.zeros_like(gate, dtype=torch.bool), torch.zeros_like(gate))
+class Neighbour(Rule):
+    """A rule that looks at every item of a bank, and cannot be compared with another bank's."""
+
+    @staticmethod
+    def by_parts(settings: Settings) -> bool:
+        return False
+
+    def correct(self, p: Prediction, memory: dict) -> Correction:
+        direction, factor, gate = self.answer(p)
+        return Correction(direction, gate, factor.argmax(1), torch.zeros_like(gate, dtype=torch.bool), torch.zeros_like(gate))
+
+    def answer(self, p: Prediction) -> tuple[Tensor, Tensor, Tensor]:
+        """A direction (B, D), how much each item of the bank counts (B, N), and how far all do (B,)."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
-class Spell:
+class Spell(Neighbour):
     """`methods.spell`: out of a shield of this radius around each item of flat latents (N, D)."""
 
     latents: Tensor
     radius: float
 
-    def correct(self, p: Prediction) -> Correction:
+    @classmethod
+    def of(cls, view: View) -> "Spell":
+        radius = view.settings.radius
+        return cls(view.latents, view.neighbour_distance if radius is None else radius)
+
+    def answer(self, p: Prediction) -> tuple[Tensor, Tensor, Tensor]:
         direction, factor = methods.spell(p.denoised, self.latents, self.radius)
-        return _answer(direction, factor.sum(1).clamp_max(1), factor)
+        return direction, factor, factor.sum(1).clamp_max(1)
 
 
 @dataclass(frozen=True, eq=False)
-class Sgf:
-    """`methods.sgf`: up the potential of flat latents (N, D), of this kernel width."""
-
-    latents: Tensor
-    bandwidth: float
-
-    def correct(self, p: Prediction) -> Correction:
-        direction, factor = methods.sgf(p.denoised, self.latents, self.bandwidth)
-        return _answer(direction, factor.mean(1), factor)
-
-
-@dataclass(frozen=True, eq=False)
-class Official:
-    """`methods.official`: the published code's rule over flat, normalised latents (N, D).
+class Official(Neighbour):
+    """`methods.official`: the published code's rule over flat latents (N, D), normalised at each location.
 
     Args:
         item: shape of an item, where the prediction is normalised at each location too (the SD3 variant).
@@ -54,10 +62,49 @@ class Official:
     item: Sequence[int] | None = None
     root: Tensor | None = None
 
-    def correct(self, p: Prediction) -> Correction:
+    @staticmethod
+    def prepared(bank: Bank) -> Bank:
+        return bank.normalised()
+
+    def answer(self, p: Prediction) -> tuple[Tensor, Tensor, Tensor]:
         query = p.denoised
         if self.item is not None:
             query = F.normalize(query.unflatten(1, self.item), dim=1).flatten(1)
             query = query if self.root is None else query * self.root
         direction, factor = methods.official(p.denoised, self.latents, self.bandwidth, self.threshold, query)
-        return _answer(direction, (factor.sum(1) + 1e-8 > self.threshold).to(p.x.dtype), factor)
+        return direction, factor, (factor.sum(1) + 1e-8 > self.threshold).to(p.x.dtype)
+
+
+class OfficialSD1(Official):
+    """As published for SD 1.4."""
+
+    @classmethod
+    def of(cls, view: View) -> Official:
+        h = view.settings.bandwidth
+        return cls(view.latents, 3.15 if h is None else h, view.settings.threshold)
+
+
+class OfficialSD3(Official):
+    """As published for SD3."""
+
+    @classmethod
+    def of(cls, view: View) -> Official:
+        h = view.settings.bandwidth
+        return cls(view.latents, 1.0 if h is None else h, view.settings.threshold, view.bank.latents.shape[1:], view.root)
+
+
+@dataclass(frozen=True, eq=False)
+class Sgf(Neighbour):
+    """`methods.sgf`: up the potential of flat latents (N, D), of this kernel width; inside a mask that of whole pictures."""
+
+    latents: Tensor
+    bandwidth: float
+
+    @classmethod
+    def of(cls, view: View) -> "Sgf":
+        h = view.settings.bandwidth
+        return cls(view.latents, (view.whole or view).neighbour_distance if h is None else h)
+
+    def answer(self, p: Prediction) -> tuple[Tensor, Tensor, Tensor]:
+        direction, factor = methods.sgf(p.denoised, self.latents, self.bandwidth)
+        return direction, factor, factor.mean(1)

@@ -1,40 +1,42 @@
-"""Rules made of rules: where a bank counts inside a mask only, or by windows. Neither knows which rule it is."""
+"""Rules made of rules: where a bank counts inside a mask only, by windows, or by frames. None knows which rule it is."""
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .prediction import Correction, Prediction
+from .rule import Rule
+from .view import View
 
 
-class Rule(Protocol):
-    """Answers a prediction, for banks of one view; `memory` is what a run remembers of it."""
+def by_frames(x: Tensor, item: Sequence[int]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """x as a batch of things the size of a bank item, and the way back: a bank of pictures meets a video frame by frame.
 
-    memory: dict
+    Raises:
+        ValueError: x is of another size than the bank's latents.
+    """
+    if x.shape[1:] == item:
+        return x, lambda y: y
+    if x.ndim == 5 and (x.shape[1], *x.shape[3:]) == tuple(item[:1]) + tuple(item[-2:]) and item.numel() == x[0, :, 0].numel():
+        return x.movedim(2, 1).flatten(0, 1), lambda y: y.unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2)
+    raise ValueError(f"bank latents are {tuple(item)} but the sampler runs at {tuple(x.shape[1:])}; "
+                     f"rebuild the bank with this model's VAE at this size")
 
-    def correct(self, p: Prediction) -> Correction: ...
 
-
-class MaskedRule(Rule, Protocol):
-    """One whose banks were multiplied by `root`, the square root of a mask (D,)."""
-
-    root: Tensor
-
-
-def by_windows(inside: Sequence[tuple[tuple, Rule]], item: Sequence[int], p: Prediction, mask: Tensor | None = None) -> Correction:
+def by_windows(inside: Sequence[tuple[tuple, Rule, dict]], item: Sequence[int], p: Prediction, mask: Tensor | None = None) -> Correction:
     """The correction of each window by itself; where windows overlap, the mean of theirs, weighed by r. With a mask (B, D) r counts by
     the share of a window that is sampled: what is given shows what it shows.
 
     Args:
-        inside: each window, as an index into latents (..., *item), and the rule that compares what stands there.
+        inside: each window, as an index into latents (..., *item), the rule that compares what stands there, and what the run remembers
+            of it, which is changed.
         item: shape of the latents of p.
     """
     whole = [y if y is None else y.unflatten(1, item) for y in (p.x, p.denoised, *p.guides)]
     found, total, weight = [], torch.zeros_like(whole[0]), torch.full_like(whole[0], 1e-12)
-    for place, rule in inside:
+    for place, rule, memory in inside:
         x, denoised, *guides = (y if y is None else y[place].flatten(1) for y in whole)
-        part = rule.correct(Prediction(x, denoised, p.sigma, p.alpha, *guides))
+        part = rule.correct(Prediction(x, denoised, p.sigma, p.alpha, *guides), memory)
         r = part.posterior if mask is None else part.posterior * mask.unflatten(1, item)[place].flatten(1).mean(1)
         share = r.view(-1, *[1] * len(item))
         total[place] += share * part.direction.view_as(total[place])
@@ -51,41 +53,42 @@ class InsideMasks:
 
     Rows of one mask go together, so that the bank is read in one matmul per mask. Where the mask is between 0 and 1 the correction is
     whole: the sampler's own blend, denoised m + latent (1 - m), weighs it by m.
+
+    Args:
+        view: of whole pictures.
+        made: the rule of a view.
     """
 
-    def __init__(self):
-        self.mask, self.parts = None, []
+    def __init__(self, view: View, made: Callable[[View], Rule]):
+        self.view, self.made = view, made
+        self.forget()
 
     def forget(self) -> None:
         self.mask, self.parts = None, []
 
-    def correct(self, mask: Tensor, p: Prediction, masked: Callable[[Tensor], MaskedRule], memory: dict) -> Correction:
-        """The correction of p, each row inside its own mask (B, D).
-
-        Args:
-            masked: the rule inside one mask (D,).
-            memory: what the run remembers, changed: of all rows, each at its place.
-        """
+    def correct(self, mask: Tensor, p: Prediction, memory: dict) -> Correction:
+        """The correction of p, each row inside its own mask (B, D); `memory` is what the run remembers of all rows, and is changed."""
         if self.mask is None or not torch.equal(self.mask, mask):
-            self._make(mask, masked, memory)
+            self._make(mask, memory)
         parts = []
-        for index, inside in self.parts:
-            x, denoised, *guides = (y if y is None else y[index] * inside.root for y in (p.x, p.denoised, *p.guides))
-            part = inside.correct(Prediction(x, denoised, p.sigma[index], p.alpha[index], *guides))
-            whole = torch.where(inside.root > 0, part.direction / inside.root, 0)
+        for index, root, rule, own in self.parts:
+            x, denoised, *guides = (y if y is None else y[index] * root for y in (p.x, p.denoised, *p.guides))
+            part = rule.correct(Prediction(x, denoised, p.sigma[index], p.alpha[index], *guides), own)
+            whole = torch.where(root > 0, part.direction / root, 0)
             parts.append((whole, part.posterior, part.nearest, part.clamped, part.omitted, part.projection))
-        order = torch.cat([index for index, _ in self.parts]).argsort()
-        memories = [inside.memory for _, inside in self.parts]
+        indices, _, _, memories = zip(*self.parts)
+        order = torch.cat(indices).argsort()
         memory["inside masks"] = mask, {name: tuple(torch.cat(values)[order] for values in zip(*(one[name] for one in memories)))
                                         for name in set.intersection(*map(set, memories))}
         return Correction(*(values[0] if values[0] is None else torch.cat(values)[order] for values in zip(*parts)))
 
-    def _make(self, mask: Tensor, masked: Callable[[Tensor], MaskedRule], memory: dict) -> None:
+    def _make(self, mask: Tensor, memory: dict) -> None:
         """The rules of new masks, with what is remembered of each row."""
         kinds, kind = mask.unique(dim=0, return_inverse=True)
-        self.mask, self.parts = mask, [((kind == k).nonzero()[:, 0], masked(m)) for k, m in enumerate(kinds)]
+        views = [self.view.masked(m) for m in kinds]
+        self.mask, self.parts = mask, [((kind == k).nonzero()[:, 0], view.root, self.made(view), {}) for k, view in enumerate(views)]
         before, known = memory.get("inside masks", (None, {}))
         same = before is not None and torch.equal(before, mask)
         for name, values in known.items():
-            for index, inside in self.parts if same or name != "tracked" else ():  # which has seen x as one mask shows it
-                inside.memory[name] = tuple(value[index] for value in values)
+            for index, _, _, own in self.parts if same or name != "tracked" else ():  # which has seen x as one mask shows it
+                own[name] = tuple(value[index] for value in values)

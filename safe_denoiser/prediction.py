@@ -57,6 +57,41 @@ class Correction:
         return cls(direction, posterior, none.long() - 1, clamped, none, projection)
 
 
+@dataclass(frozen=True)
+class Step:
+    """What the safe denoiser did in one model call; one entry per picture (per frame, where a picture bank meets a video).
+
+    Args:
+        sigma: noise level (B,).
+        active: inside the window, with a finite prediction (B,), bool.
+        posterior: r = P(unsafe | x), the highest of the windows where there are several; beta for the methods that have no r, or their
+            own gate (B,).
+        correction: |safe_denoised - denoised| / |denoised| (B,).
+        nearest: index of the bank item that weighs most (B,), -1 where no bank was asked.
+        clamped: r or beta hit its ceiling (B,), bool.
+        fallback: the prediction or its correction was not finite, so the prediction was returned unchanged (B,), bool.
+        omitted: weight of the bank items that E_u leaves out to save time (B,), see `posterior`.
+        projection: t, the share of the unwanted prediction in the prompt's (B,), see `witness`; NaN where there was none to ask.
+    """
+
+    sigma: Tensor
+    active: Tensor
+    posterior: Tensor
+    correction: Tensor
+    nearest: Tensor
+    clamped: Tensor
+    fallback: Tensor
+    omitted: Tensor
+    projection: Tensor
+
+    @classmethod
+    def of(cls, found: Correction, sigma: Tensor, active: Tensor, fallback: Tensor, size: Tensor) -> "Step":
+        """The step in which a correction was of this size."""
+        values = (torch.where(active, value, 0) for value in (found.posterior, size, found.nearest))
+        t = torch.full_like(sigma, math.nan) if found.projection is None else found.projection
+        return cls(sigma, active, *values, active & found.clamped, fallback, torch.where(active, found.omitted, 0), t)
+
+
 def _carried(memory: dict, name: str, sigma: Tensor, value: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """`join` of what a run knew when x was noisier and `value`, (B,) each. `memory` holds the past under `name`: noise levels (B, K) and
     joined values (B, K), in the order of the calls.

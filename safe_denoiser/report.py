@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch.nn.utils.rnn import pad_sequence
 
-from .denoiser import Step
 from .negation_set import NegationSet
 from .pictures import write
+from .prediction import Step
+from .sheets import thumbnail
 
 COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194), (23, 190, 207))
 
@@ -147,7 +148,7 @@ class Report:
         wide = Image.new("RGB", (width + 150, height), "white")
         wide.paste(picture)
         for k, item in enumerate(i for i in self.pushed_most() if i < len(negation_set)):
-            wide.paste(negation_set.thumbnail(item, 110, blurred), (width + 20, 50 + 140 * k))
+            wide.paste(thumbnail(negation_set, item, 110, blurred), (width + 20, 50 + 140 * k))
             write(ImageDraw.Draw(wide), (width + 20, 46 + 140 * k), negation_set.names[item][:16], "black", 13, "ld")
         write(ImageDraw.Draw(wide), (width + 20, 6), "pushed most", "black", 18)
         return wide

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gaussian import TINY, ByGaussians, Gaussian, along
+from .by_gaussians import ByGaussians
+from .gaussian import TINY, Gaussian, along, fit
 from .methods import projection
 from .prediction import Correction, Prediction, first, largest
+from .rule import Rule
+from .view import View
 
 SURE = 0.9  # t at most, where odds are made of it: a share of 1 would never be doubted again
 DOUBT = 0.05  # of the squared difference of two noise predictions, by which the log odds fall: once they clearly differ, x is not unsafe
@@ -54,7 +57,7 @@ def gap(conditional: Tensor, neutral: Tensor, unwanted: Tensor, metric: Gaussian
 
 
 @dataclass(frozen=True, eq=False)
-class ByWitness:
+class ByWitness(Rule):
     """r by what the model itself predicts under the unwanted condition, and E_u too.
 
         o_k = max_{j <= k} odds(t_j) gap_j / gap_k
@@ -83,8 +86,15 @@ class ByWitness:
     prior: float = PRIOR
     posterior_max: float = 0.95
 
+    @classmethod
+    def of(cls, view: View) -> "ByWitness":
+        banks, widest = ByGaussians.of(view), view.other or view.bank
+        model = banks.other if banks else widest and fit(widest)
+        return cls(banks, model, model is not None and view.other is not None, view.settings.prior or PRIOR, view.settings.posterior_max)
+
     def correct(self, p: Prediction, memory: dict) -> Correction:
-        """The correction at strength 1; `memory` is what a run remembers, and is changed."""
+        if p.unwanted is None:
+            raise ValueError("weight 'witness' needs a prediction under the unwanted condition; connect unwanted, or choose weight 'auto'")
         asked = p.denoised if p.conditional is None else p.conditional
         zero = p.unconditional if p.neutral is None else p.neutral
         wiener = self.model.denoised(p.x, p.sigma, p.alpha) if self.others else None

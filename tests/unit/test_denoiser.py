@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from safe_denoiser import Bank, SafeDenoiser, posterior
-from safe_denoiser.denoiser import Prediction
 from safe_denoiser.methods import official, sgf, tracked
+from safe_denoiser.prediction import Prediction
 
 GOLDEN = Path(__file__).parent.parent / "golden/official_reference.safetensors"
 SIGMAS = [0.03, 0.1, 0.5, 1.0, 3.0, 14.6]
@@ -108,9 +108,9 @@ def test_the_chance_of_small_banks_is_taken_off_their_distance():
     for _ in range(400):
         banks = [Bank(torch.randn(n, 32, generator=generator, dtype=torch.float64) + shift) for n, shift in ((5, 0.25), (8, 0.0))]
         safe = SafeDenoiser(banks[0], reference=banks[1], bandwidth=0.0, temperature=1.0)
-        means = [safe.densities.of(bank, p) for bank in banks]
+        means = [safe.view.densities.of(bank, p) for bank in banks]
         plain.append(float((means[0].mean - means[1].mean).square().sum()))
-        found.append(plain[-1] - sum(float(safe.densities.chance(bank, mean, p)[0]) for bank, mean in zip(banks, means)))
+        found.append(plain[-1] - sum(float(safe.view.densities.chance(bank, mean, p)[0]) for bank, mean in zip(banks, means)))
     truth = 32 * 0.25**2
     assert abs(sum(found) / 400 - truth) < 0.4 < sum(plain) / 400 - truth
 
@@ -219,7 +219,7 @@ def test_triangle_only_moves_predictions_that_come_near():
     generator = torch.Generator().manual_seed(7)
     bank, x = Bank(torch.randn(40, 4, 4, 4, generator=generator)), torch.randn(2, 4, 4, 4, generator=generator)
     denoiser = SafeDenoiser(bank, weight="triangle")
-    mean = denoiser.densities.of(bank, Prediction(x.flatten(1), x.flatten(1), torch.ones(2), torch.ones(2), None)).mean.view_as(x)
+    mean = denoiser.view.densities.of(bank, Prediction(x.flatten(1), x.flatten(1), torch.ones(2), torch.ones(2), None)).mean.view_as(x)
     near, far = mean + 1e-3 * torch.randn(2, 4, 4, 4, generator=generator), mean + 10
     assert (denoiser.safe(x, near, 1.0)[1].posterior > 0).all() and torch.equal(denoiser.safe(x, far, 1.0)[0], far)
 
@@ -272,7 +272,7 @@ def test_tracked_starts_again_when_the_noise_rises():
 
 def test_spell_finds_its_radius_in_the_bank():
     latents = torch.tensor([0.0, 1.0, 10.0]).view(3, 1, 1, 1)
-    assert SafeDenoiser(Bank(latents), method="spell").neighbour_distance == 1.0
+    assert SafeDenoiser(Bank(latents), method="spell").view.neighbour_distance == 1.0
 
 
 BANKS = {

@@ -96,15 +96,15 @@ def test_banks_are_trusted_where_distances_tell_them_apart():
     for shift, weight in ((0.3, "gaussian"), (6.0, "evidence")):
         bank, reference = split(shift)
         denoiser = SafeDenoiser(bank, reference=reference)
-        assert denoiser.sees == (weight == "evidence")
+        assert denoiser.view.sees == (weight == "evidence")
         wanted = SafeDenoiser(bank, reference=reference, weight=weight).safe(x, x / 2, 1.0)[0]
         torch.testing.assert_close(denoiser.safe(x, x / 2, 1.0)[0], wanted)
     assert SafeDenoiser(bank, reference=reference, trusted=False).safe(x, x / 2, 1.0)[0].allclose(
         SafeDenoiser(bank, reference=reference, weight="gaussian").safe(x, x / 2, 1.0)[0])
-    assert not SafeDenoiser(bank).sees, "alone, nothing says whether it may be trusted"
+    assert not SafeDenoiser(bank).view.sees, "alone, nothing says whether it may be trusted"
     bank, reference = split(0.0)
     memorised = Bank(torch.cat([reference.latents, bank.latents[:4] + 0.01]))
-    assert not SafeDenoiser(bank, reference=reference).sees and SafeDenoiser(bank, reference=memorised).sees
+    assert not SafeDenoiser(bank, reference=reference).view.sees and SafeDenoiser(bank, reference=memorised).view.sees
 
 
 def test_trust_in_a_large_bank_is_judged_on_a_part_of_it():
@@ -114,7 +114,7 @@ def test_trust_in_a_large_bank_is_judged_on_a_part_of_it():
 
     bank, reference = split(0.3, n=6000)
     denoiser = SafeDenoiser(bank, reference=reference)
-    assert peak_bytes(lambda: denoiser.sees) < 6000 * 6000 * 4 / 4 and not denoiser.sees
+    assert peak_bytes(lambda: denoiser.view.sees) < 6000 * 6000 * 4 / 4 and not denoiser.view.sees
 
 
 def test_no_guidance_is_let_go_on_the_word_of_banks_that_see_nothing():
@@ -132,7 +132,7 @@ def test_no_guidance_is_let_go_on_the_word_of_banks_that_see_nothing():
 
 def test_closed_form_of_two_gaussians():
     """E_other - E_u of one covariance is sigma^2 (alpha^2 Sigma + sigma^2)^-1 (mu_other - mu_u), and the push never exceeds it."""
-    from safe_denoiser.gaussian import ByGaussians
+    from safe_denoiser.by_gaussians import ByGaussians
     from safe_denoiser.prediction import Prediction
 
     unsafe, other = (fit(bank.to(dtype=F64)) for bank in split(2.0))

@@ -88,9 +88,9 @@ def test_the_temperature_counts_what_is_sampled():
     half = torch.zeros(4, 6, 8)
     half[..., 4:] = 1
     whole = SafeDenoiser(Bank(draw(1, 12, 32, 6, 8)))
-    inside = whole.masked(half.repeat(8, 1, 1).flatten())
-    assert inside.densities.bandwidth == whole.densities.bandwidth
-    assert 0.4 < inside.densities.temperature / whole.densities.temperature < 0.8, "half as many numbers, so distances half as long"
+    inside = whole.view.masked(half.repeat(8, 1, 1).flatten())
+    assert inside.densities.bandwidth == whole.view.densities.bandwidth
+    assert 0.4 < inside.densities.temperature / whole.view.densities.temperature < 0.8, "half as many numbers, so distances half as long"
 
 
 def test_each_frame_of_a_video_has_its_own_mask():

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from safe_denoiser import NegationSet, combine_sets
+from safe_denoiser.sheets import contact_sheet, thumbnail
 
 
 def picture(mode="RGB", size=(20, 10)):
@@ -128,16 +129,16 @@ def test_from_images():
 def test_contact_sheet_is_blurred_unless_asked():
     stripes = (torch.arange(64) % 2).float().view(1, 1, -1, 1).expand(20, 64, 64, 3)
     negation_set = NegationSet.from_images(stripes)
-    blurred, shown = (np.asarray(negation_set.contact_sheet("stripes", blurred=b), float)[30:] for b in (True, False))
+    blurred, shown = (np.asarray(contact_sheet(negation_set, "stripes", blurred=b), float)[30:] for b in (True, False))
     assert blurred.shape == shown.shape
     assert np.abs(np.diff(shown, axis=1)).mean() > 20 * np.abs(np.diff(blurred, axis=1)).mean()
 
 
 def test_blurred_thumbnails_and_latents_without_a_picture():
     stripes = NegationSet.from_images((torch.arange(64) % 2).float().view(1, 1, -1, 1).expand(1, 64, 64, 3))
-    assert len(stripes.thumbnail(0, 64, blurred=False).getcolors(10_000)) == 2
+    assert len(thumbnail(stripes, 0, 64, blurred=False).getcolors(10_000)) == 2
     latents = NegationSet.from_latents(torch.rand(3, 4, 2, 2))
-    assert latents.thumbnail(1, 64).getcolors() == [(64 * 64, (128, 128, 128))]
+    assert thumbnail(latents, 1, 64).getcolors() == [(64 * 64, (128, 128, 128))]
     assert latents.describe("saved") == "saved: 3 latents, 0 skipped, 192 B"
     with pytest.raises(ValueError, match="holds latents and no picture; build the set from pictures instead"):
         next(iter(latents))
@@ -183,7 +184,7 @@ def test_zip_files_that_cannot_be_used(tmp_path):
 
 
 def test_a_member_too_large_is_never_unpacked(zipped, monkeypatch):
-    monkeypatch.setattr("safe_denoiser.negation_set.LARGEST", 10)
+    monkeypatch.setattr("safe_denoiser.listing.LARGEST", 10)
     with pytest.raises(ValueError, match="has no readable picture .3 unreadable.(.|\n)*larger than 0 MB"):
         NegationSet.from_zip(zipped)
 

@@ -15,21 +15,12 @@ from safetensors.torch import load_file
 
 from dev import ROOT
 from safe_denoiser import Bank, LatentCache, NegationSet, SafeDenoiser
+from safe_denoiser.check import Checked, check
 from safe_denoiser.clip import fetch, load_clip, published
 from safe_denoiser.clip_files import CONFIG
-from safe_denoiser.meaning import (
-    Checked,
-    SemanticPosterior,
-    alarm_threshold,
-    check,
-    choose,
-    describe,
-    diverse,
-    likeness,
-    nearest,
-    text_scores,
-    twins,
-)
+from safe_denoiser.describe import describe
+from safe_denoiser.meaning import alarm_threshold, choose, diverse, likeness, nearest, text_scores, twins
+from safe_denoiser.semantic import SemanticPosterior
 from tiny_digits.train import WORDS
 from tiny_digits.world import CLIP, TinyDigits, digits_data, reference_bank
 
@@ -445,7 +436,7 @@ def test_chance_is_that_of_the_urn():
     """By counting: all draws of pictures out of one pot, and all ways that pictures may draw their phrases."""
     from itertools import combinations, product
 
-    from safe_denoiser.meaning import _by_chance
+    from safe_denoiser.describe import _by_chance
 
     for mine, theirs in ((3, 0), (2, 1), (0, 2), (1, 3)):
         pot = [1] * (mine + theirs) + [0] * (9 - mine - theirs)

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from safe_denoiser import Bank, SafeDenoiser, load_bank, save_bank
-from safe_denoiser.denoiser import Prediction
 from safe_denoiser.parts import choose, locate, windows
+from safe_denoiser.prediction import Prediction
 
 KINDS = 1.5 * torch.randn(7, 2, 4, 4, generator=torch.Generator().manual_seed(0))  # what a quarter of a picture shows; the last is unwanted
 THING, QUARTERS = 6, [0, 2, 6, 8]  # its number, and the windows that are quarters, of the nine of 8 x 8 pictures
@@ -81,9 +81,9 @@ def test_each_window_is_corrected_as_a_picture_of_its_own_and_overlaps_are_weigh
     bank, x, denoised = bank_and_places(20)[0], *torch.randn(2, 3, 2, 8, 8)
     denoiser, sigma = SafeDenoiser(bank, reference=reference, parts=2), torch.full((3,), 0.7)
     total, weight = torch.zeros(2, 3, 2, 8, 8)
-    for place, inside in denoiser.inside:
-        assert inside.bank.latents.shape == (20, 2, 4, 4) and inside.reference.latents.shape == (100, 2, 4, 4)
-        crop = inside.correct(Prediction(x[place].flatten(1), denoised[place].flatten(1), sigma, torch.ones(3)))
+    for place, inside, memory in denoiser.inside:
+        assert inside.view.bank.latents.shape == (20, 2, 4, 4) and inside.view.reference.latents.shape == (100, 2, 4, 4)
+        crop = inside.correct(Prediction(x[place].flatten(1), denoised[place].flatten(1), sigma, torch.ones(3)), memory)
         total[place] += crop.posterior[:, None, None, None] * crop.direction.view(3, 2, 4, 4)
         weight[place] += crop.posterior[:, None, None, None]
     torch.testing.assert_close(denoiser.safe(x, denoised, 0.7)[0], denoised + total / weight)
@@ -108,21 +108,21 @@ def test_what_does_not_compare_banks_has_no_windows(reference):
     bank = bank_and_places(60)[0]
     assert not SafeDenoiser(bank, retain=reference, semantic=lambda latents, s: s).inside
     assert not SafeDenoiser(bank, reference=reference, weight="tracked").inside and not SafeDenoiser(bank, method="spell").inside
-    assert not SafeDenoiser(bank).inside and not SafeDenoiser(bank, reference=reference).masked(torch.ones(128)).inside
+    assert not SafeDenoiser(bank).inside
 
 
 def test_what_was_found_is_remembered_for_all_banks_that_hold_the_same(reference, tmp_path, monkeypatch):
     bank = bank_and_places(60)[0]
     first = SafeDenoiser(bank, reference=reference)
-    windows_of, temperature = first.located[1].window, first.inside[0][1].densities.temperature
-    gate = SafeDenoiser(bank, weight="gate").densities.calibration
+    shown, temperature = (first.inside[0][1].view.bank.latents, first.inside[0][1].view.densities.temperature)
+    gate = SafeDenoiser(bank, weight="gate").view.densities.calibration
     save_bank(bank, tmp_path / "bank.safetensors")
-    for name in ("denoiser.choose", "densities.temperature_for", "densities.calibrate"):
+    for name in ("view.choose", "densities.temperature_for", "densities.calibrate"):
         monkeypatch.setattr(f"safe_denoiser.{name}", lambda *args: pytest.fail("calibrated again"))
     for again in (bank.to(dtype=torch.float32).map(lambda y: y), load_bank(tmp_path / "bank.safetensors")):
         second = SafeDenoiser(again, reference=reference)
-        assert second.located[1].window == windows_of and second.inside[0][1].bank.latents.shape == (60, 2, 4, 4)
-        torch.testing.assert_close(SafeDenoiser(again, weight="gate").densities.calibration.level, gate.level)
+        assert torch.equal(second.inside[0][1].view.bank.latents, shown) and shown.shape == (60, 2, 4, 4)
+        torch.testing.assert_close(SafeDenoiser(again, weight="gate").view.densities.calibration.level, gate.level)
     with pytest.raises(pytest.fail.Exception, match="calibrated again"):
-        assert SafeDenoiser(bank.map(lambda y: 2 * y), weight="gate").densities.calibration, "in another space"
+        assert SafeDenoiser(bank.map(lambda y: 2 * y), weight="gate").view.densities.calibration, "in another space"
     assert temperature > 1

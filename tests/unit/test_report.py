@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from safe_denoiser import Bank, NegationSet, Report, SafeDenoiser
+from safe_denoiser.sheets import sheet
 
 
 def run(sigmas, denoised=None, **settings):
@@ -105,4 +106,4 @@ def test_pillow_of_other_packs_has_one_small_font(monkeypatch):
     pictures = NegationSet(names, names, (lambda: torch.zeros(8, 8, 3),) * 3)
     plot = np.asarray(run([1.0, 0.5]).plot(negation_set=pictures))
     assert plot.shape == (480, 870, 3) and (plot[:40] < 128).any() and (plot[-25:, :400] < 140).any(), "verdict and counts are written"
-    assert (np.asarray(pictures.sheet(range(3), names, captions=names)) > 128).any()
+    assert (np.asarray(sheet(pictures, range(3), names, captions=names)) > 128).any()

@@ -31,6 +31,7 @@ from safe_denoiser import (
 from safe_denoiser.encode import fit_picture
 from safe_denoiser.negation_set import combine_sets
 from safe_denoiser.pictures import LONGEST, printable
+from safe_denoiser.sheets import contact_sheet, sheet
 from safe_denoiser.stored import Stored
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="files of this kind are POSIX's")
@@ -61,7 +62,7 @@ def test_what_a_bank_file_says_of_its_calibration_is_not_heard(tmp_path):
     save_bank(bank, path)
     tensors, x = load_file(path), torch.randn(2, 2, 4, 4, generator=draw)
     denoiser = SafeDenoiser(bank, reference=other)
-    wanted, h = denoiser.safe(x, x / 2, 1.0)[0], denoiser.densities.bandwidth
+    wanted, h = denoiser.safe(x, x / 2, 1.0)[0], denoiser.view.densities.bandwidth
     keys = [f"temperature at h {h:.5g}", f"temperature at h {h:.5g}, {bank.fingerprint}", f"temperature at h {h:.5g}, 20x2x4x4 32.02"]
     header = {"format": "safe_denoiser.bank", "version": "1", "names": "[]", "metadata": "{}",
               "calibration": json.dumps(dict.fromkeys(keys, 1e9))}
@@ -222,14 +223,14 @@ def test_names_of_every_kind(tmp_path):
     found = NegationSet.from_folder(tmp_path)
     assert len(found) == len(ODD_NAMES) and not found.skipped
     assert all(name.isprintable() and len(name) <= LONGEST + 1 for name in found.names)
-    sheet = found.sheet(range(len(found)), ["a\nb", *found.names[:3]], captions=found.names)
-    assert sheet.size[0] == 512 and len(list(found)) == len(found)
+    page = sheet(found, range(len(found)), ["a\nb", *found.names[:3]], captions=found.names)
+    assert page.size[0] == 512 and len(list(found)) == len(found)
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as made:
         for i, name in enumerate([*ODD_NAMES, "9" * 5000, "long" * 1000]):
             made.writestr(f"{name}.png", (tmp_path / f"{ODD_NAMES[i % len(ODD_NAMES)]}.png").read_bytes())
     zipped = NegationSet.from_zip(tmp_path / "set.zip")
     assert len(zipped) == len(ODD_NAMES) + 2 and all(name.isprintable() and len(name) <= LONGEST + 1 for name in zipped.names)
-    assert zipped.contact_sheet("title\nof two lines").size[0] == 512
+    assert contact_sheet(zipped, "title\nof two lines").size[0] == 512
 
 
 def test_numbers_in_names_count_as_numbers(tmp_path):

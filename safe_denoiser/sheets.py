@@ -1,0 +1,43 @@
+"""What a set looks like: contact sheets and thumbnails, blurred by default, since sets hold what people do not want to see."""
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageOps
+
+from .negation_set import NegationSet
+from .pictures import blur, printable, write
+
+
+def contact_sheet(negation_set: NegationSet, title: str = "", count: int = 16, blurred: bool = True) -> Image.Image:
+    """Up to `count` pictures, evenly picked, in a grid under a line of text; blurred beyond recognition by default."""
+    lines = [negation_set.describe(title), *(f"skipped {name}: {reason}" for name, reason in negation_set.skipped[:3])]
+    return sheet(negation_set, evenly(range(len(negation_set)), count), lines, blurred)
+
+
+def sheet(negation_set: NegationSet, rows: Sequence[int], lines: Sequence[str], blurred: bool = True,
+          captions: Sequence[str] = ()) -> Image.Image:
+    """These pictures in a grid under lines of text, each over its own caption, where there are captions (one per row)."""
+    tile, columns, line, foot = 128, 4, 28, 20 if captions else 0
+    top = line * len(lines) + 8
+    page = Image.new("RGB", (tile * columns, top + (tile + foot) * -(-len(rows) // columns)), "black")
+    draw = ImageDraw.Draw(page)
+    for row, text in enumerate(lines):
+        write(draw, (4, 2 + row * line), printable(text), "white", 22, width=page.width - 8)
+    for place, i in enumerate(rows):
+        corner = place % columns * tile, top + place // columns * (tile + foot)
+        page.paste(thumbnail(negation_set, i, tile, blurred), corner)
+        if captions:
+            write(draw, (corner[0] + 2, corner[1] + tile + 1), printable(captions[place]), "white", 14, width=tile - 4)
+    return page
+
+
+def thumbnail(negation_set: NegationSet, i: int, tile: int, blurred: bool = True) -> Image.Image:
+    """A square thumbnail of picture i of the set; `blurred` keeps 6 x 6 colours of it. An item without a picture is a grey tile."""
+    if negation_set.latents and negation_set.latents[i] is not None:
+        return Image.new("RGB", (tile, tile), "gray")
+    pixels = blur(negation_set.readers[i]()) if blurred else negation_set.readers[i]()
+    return ImageOps.fit(Image.fromarray((pixels * 255).round().byte().numpy()), (tile, tile))
+
+
+def evenly(rows: Sequence[int], count: int) -> list[int]:
+    """Up to `count` of these, evenly picked, in order."""
+    return [rows[i * len(rows) // min(count, len(rows))] for i in range(min(count, len(rows)))]
