@@ -9,7 +9,6 @@ semantic     the safe denoiser with r from CLIP features of the decoded predicti
 
 Who reads the pictures is the classifier of benchmarks/safety.py, another network than CLIP.
 """
-import argparse
 import io
 import time
 from functools import cache
@@ -26,7 +25,8 @@ from safe_denoiser.semantic import SemanticPosterior
 from tiny_digits.train import WORDS
 from tiny_digits.world import CLIP, LATENT, digits_data, prompt
 
-from .safety import CASES, HEADER, Scale, allowed, bank, line, look, mean, reference, row, wilson, with_retain, world
+from .digits import CASES, HEADER, allowed, bank, line, look, reference, row, with_retain, world
+from .harness import Scale, arguments, closing, mean, wilson
 
 TWIN = 0.96  # the default of Curate Negation Set, chosen on training digits by `twin_threshold`
 
@@ -257,18 +257,14 @@ def semantic(scale: Scale):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pictures", type=int, default=100, help="per case and seed")
-    parser.add_argument("--only", default="", help="query, twins, threshold, curation, check, again or semantic")
-    options = parser.parse_args()
-    scale, began = Scale(options.seeds, options.pictures), time.time()
+    options = arguments(__doc__, only="query, twins, threshold, curation, check, again or semantic").parse_args()
+    scale = Scale(options.seeds, options.pictures)
     parts = {"query": query, "twins": twin, "threshold": twin_threshold, "curation": lambda: curation(scale),
              "check": lambda: checking(scale), "again": lambda: again(scale), "semantic": lambda: semantic(scale)}
     for name, part in parts.items():
         if options.only in ("", name):
             part()
-    print(f"{scale.seeds} seeds, {scale.pictures} pictures per case and seed, {time.time() - began:.0f} s")
+    closing(scale, options.began)
 
 
 if __name__ == "__main__":

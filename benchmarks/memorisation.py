@@ -3,11 +3,7 @@ these are negated, and reproductions are counted, with the quality of what repla
 
 A sample is a reproduction when one of the 20 is nearer than 0.4 times the nearest of all other training pictures (latent L2).
 """
-import argparse
 import copy
-import json
-import time
-from pathlib import Path
 
 import torch
 
@@ -16,7 +12,8 @@ from tiny_digits.networks import MMDiT
 from tiny_digits.train import fit, flow_loss, random_prompts
 from tiny_digits.world import LATENT, prompt
 
-from .safety import data, energy_distance, look, world
+from .digits import data, energy_distance, look, world
+from .harness import Scale, arguments, closing, record
 
 NEAR = 0.4
 
@@ -55,12 +52,9 @@ def measure(safe, seeds: int, count: int) -> dict[str, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, pictures=200, per="per seed", file="memorisation.json")
     parser.add_argument("--steps", type=int, default=1800, help="of fine-tuning")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pictures", type=int, default=200, help="per seed")
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "memorisation.json")
-    options, began = parser.parse_args(), time.time()
+    options = parser.parse_args()
     rows = {"before fine-tuning": measure(None, options.seeds, options.pictures)}
     world().model = memorised(options.steps)
     rows["fine-tuned, off"] = measure(None, options.seeds, options.pictures)
@@ -80,12 +74,12 @@ def main():
         "spell, radius 8": dict(method="spell", radius=8.0),
         "official, strength 0.33": dict(method="official", strength=0.33),
         "official, strength 0.9": dict(method="official", strength=0.9),
-    }.items()}
+    }.items() if options.only in label}
     print(f"{'':<44}reproductions %   energy   sure %   spread")
     for label, r in rows.items():
         print(f"{label:<44}{r['reproductions']:15.1f}{r['energy']:9.2f}{r['sure']:9.1f}{r['spread']:9.2f}")
-    options.json.write_text(json.dumps(rows, indent=1))
-    print(f"{options.seeds} seeds of {options.pictures} pictures, {time.time() - began:.0f} s")
+    record(rows, options.json, bool(options.only))
+    closing(Scale(options.seeds, options.pictures), options.began, "per seed")
 
 
 if __name__ == "__main__":

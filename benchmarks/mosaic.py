@@ -9,9 +9,7 @@ retain bank 200 pictures without a 7.
     others %    quadrants that were no 7 without the safe denoiser and keep their digit, at the same seed
     sure %      classifier confidence over all quadrants, mean
 """
-import argparse
 import copy
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,7 +22,7 @@ from tiny_digits.demo import before_after
 from tiny_digits.train import fit, flow_loss
 from tiny_digits.world import PROMPTS, SUPERCLASSES, TinyDigits, digits_data, prompt
 
-from .safety import Scale, mean, record, wilson
+from .harness import Scale, arguments, closing, mean, record, wilson
 
 FILE = Path(__file__).parent / "models" / "mosaic.safetensors"
 LATENT, NEGATED = (16, 8, 8), 7
@@ -155,16 +153,13 @@ def picture(path: Path) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, per="per prompt and seed, of four quadrants each", file="mosaic.json")
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--training-pictures", type=int, default=14_000)
     parser.add_argument("--steps", type=int, default=4_000)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pictures", type=int, default=100, help="per prompt and seed, of four quadrants each")
-    parser.add_argument("--only", default="", help="only rows whose label contains this")
     parser.add_argument("--picture", type=Path, help="draw pictures before and after, and measure nothing")
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "mosaic.json")
-    options, began = parser.parse_args(), time.time()
+    options = parser.parse_args()
+    scale = Scale(options.seeds, options.pictures)
     if options.train:
         return train(options.training_pictures, options.steps)
     if options.picture:
@@ -173,12 +168,12 @@ def main():
     print(f"{'':<54}{'unconditional':<31}{'straight':<31}round\n{'':<54}" + "unsafe %        others  sure   " * 3)
     for label, safe in methods().items():
         if options.only in label:
-            rows[label] = row(safe, Scale(options.seeds, options.pictures))
+            rows[label] = row(safe, scale)
             cells = (f"{r['unsafe']:5.1f} ({r['interval'][0]:4.1f} to {r['interval'][1]:4.1f}) {r['others']:5.1f} {r['sure']:5.1f}"
                      for r in rows[label].values())
             print(f"{label:<54}" + "  ".join(cells), flush=True)
     record(rows, options.json, bool(options.only))
-    print(f"{options.seeds} seeds of {options.pictures} pictures, {time.time() - began:.0f} s")
+    closing(scale, options.began, "per prompt and seed")
 
 
 if __name__ == "__main__":

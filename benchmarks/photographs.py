@@ -24,9 +24,7 @@ prompt and eps stays the same at every t, so that a method sees a run
     |r - r*|    mean distance of r to the exact P(unsafe | x, prompt), of all rows
     AUC         of r for "y is unsafe", all rows; mean of the prompts
 """
-import argparse
 import math
-import time
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -43,7 +41,7 @@ from torch import Tensor
 
 from safe_denoiser import Bank, SafeDenoiser
 
-from .safety import Scale, mean, record, wilson
+from .harness import Scale, arguments, closing, mean, record, wilson
 from .worlds import Call, Gaussians, Heart, World, call, gaussians, sample, schedule
 
 HERE = Path(__file__).parent
@@ -512,14 +510,11 @@ def second_table(place: Place, scale: Scale, quick: bool = False) -> dict[str, d
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, pictures=96, per="pictures per row and seed", count="--count", file="photographs.json",
+                       only="only rows whose world, label or method contains this, and no second table")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="CIFAR-10, a sub-folder per class; without, torchvision's")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--count", type=int, default=96, help="pictures per row and seed")
     parser.add_argument("--quick", action="store_true", help="one seed, 32 pictures, one prompt by heart; checks the ordering")
-    parser.add_argument("--only", default="", help="only rows whose world, label or method contains this, and no second table")
-    parser.add_argument("--json", type=Path, default=HERE / "photographs.json", help="where the figures go")
-    options, began = parser.parse_args(), time.time()
+    options = parser.parse_args()
     scale, pictures = Scale(1, 32) if options.quick else Scale(options.seeds, options.count), photographs(options.pictures)
     found = {"rows": {}, "levels": {}}
     with torch.inference_mode():
@@ -530,7 +525,7 @@ def main():
             if not options.only:
                 found["levels"][name] = second_table(places["whole"], scale, options.quick)
     record(found, options.json, bool(options.only))
-    print(f"\n{scale.seeds} seeds, {scale.pictures} pictures per row and seed, {time.time() - began:.0f} s")
+    closing(scale, options.began, "per row and seed")
     if options.quick:
         check_ordering(found["rows"]["by heart"][pairs()[0].label])
 

@@ -35,7 +35,7 @@ def preview_input(tooltip: str = SHEET, optional: bool = False) -> io.Combo.Inpu
 
 def describe(negation_set: NegationSet, name: str) -> str:
     skipped = "".join(f"\nskipped {file}: {reason}" for file, reason in negation_set.skipped)
-    return negation_set.describe(name) + skipped
+    return sheets.describe(negation_set, name) + skipped
 
 
 class LoadNegationSet(io.ComfyNode):

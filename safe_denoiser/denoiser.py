@@ -47,10 +47,9 @@ class SafeDenoiser:
         bank: what must not come out; latents (N, C, *spatial), in the space of `x`. None, where an unwanted condition says so alone.
         method: "safe_denoiser", or a neighbour: "spell", "sgf", "official", "official_sd3" (these two normalise the bank themselves).
         weight: how r or beta is found. "auto": witness, evidence, retain, unconditional or gate, the first for which there is what it
-            needs; "gaussian", see `gaussian.ByGaussians`, in place of evidence where distances do not tell the banks apart, see `sees`.
+            needs; "gaussian", see `ByGaussians`, in place of evidence where `trusted` is not so.
             For comparison: "reference" (evidence 0), "ratio_beta" (the theorem as printed), "tracked", "triangle", "constant".
-        retain: pictures to keep.
-        reference: the model's own samples.
+        retain: pictures to keep. reference: the model's own samples.
         strength: 1 as derived, 0 off, bit for bit.
         sigma_start, sigma_end: active where sigma_end < sigma <= sigma_start.
         prior: P(unsafe) among the model's own samples, in (0, 1); None takes the weight's own from TUNED.
@@ -67,8 +66,8 @@ class SafeDenoiser:
         parts: windows of 1 / parts of each side instead of whole pictures; 1 is the whole. None is 2 where that tells the bank from the
             reference or retain bank clearly better than whole pictures do, else 1. Inside a mask a window counts by the share of it
             that is sampled.
-        trusted: whether distances see what the bank shows, so that its kernel means may steer, and a prompt that they say is direct may
-            lose its guidance. None finds out, see `sees`; where they do not, "auto" takes "gaussian" if there is a reference bank.
+        trusted: whether distances see what the bank shows, so that its kernel means may steer. None finds out, see `View.sees`; where
+            they do not, "auto" takes "gaussian" if there is a reference bank.
         memory: what a run remembers from call to call, filled by `safe`: tensors of rows by name, and the same for each window and for
             what is inside masks. Begin each run with an empty one; hand over a run's own to go on with it.
 
@@ -154,8 +153,7 @@ class SafeDenoiser:
             x: noisy latents (B, *shape), `x = alpha x0 + sigma eps`; a bank of pictures (C, H, W) meets a video (B, C, T, H, W)
                 frame by frame.
             denoised: the model's E[x0 | x] after guidance, shaped like x.
-            sigma: noise scale, a number or (B,).
-            alpha: signal scale, a number or (B,); 1 for EPS, V and EDM models, 1 - sigma for flow models.
+            sigma, alpha: noise and signal scale, numbers or (B,); alpha is 1 for EPS, V and EDM models, 1 - sigma for flow models.
             mask: what is sampled, 1, and what is given, 0 (inpainting); broadcasts to x. None: all is sampled.
             unconditional: the model's E[x0 | x] under the empty prompt, shaped like x, where guidance computed it.
             conditional: the same under the prompt, before guidance.
@@ -178,13 +176,11 @@ class SafeDenoiser:
         flat, predicted, *guides = (y if y is None else frames(y)[0].flatten(1).to(dtype)
                                     for y in (x, denoised, unconditional, conditional, unwanted, neutral))
         sigma, alpha = (rows(value, flat)[:, 0].expand(len(x)).repeat_interleave(len(flat) // len(x)) for value in (sigma, alpha))
-        inside = self.opens(sigma)
-        prediction = Prediction(flat, predicted, sigma, alpha, *guides)
-        flat_mask = None if mask is None else frames(mask.expand_as(x))[0].flatten(1).to(dtype)
-        correction = self.correct(prediction, flat_mask)
+        sampled = None if mask is None else frames(mask.expand_as(x))[0].flatten(1).to(dtype)
+        correction = self.correct(Prediction(flat, predicted, sigma, alpha, *guides), sampled)
         corrected = predicted + self.strength * correction.direction
         size = abs(self.strength) * correction.direction.norm(dim=1) / predicted.norm(dim=1).clamp_min(1e-12)
-        finite = torch.isfinite(corrected).all(1) & torch.isfinite(size)
+        inside, finite = self.opens(sigma), torch.isfinite(corrected).all(1) & torch.isfinite(size)
         active = inside & finite
         step = Step.of(correction, sigma, active, inside & ~finite, size)
         keep = active.view(-1, *[1] * (shaped.ndim - 1))

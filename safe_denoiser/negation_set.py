@@ -57,8 +57,8 @@ class NegationSet:
                                     f"and put the pictures that must not come out into it")
         files = sorted((file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and not file.is_dir()),
                        key=lambda file: natural(file.name))
-        found = cls._of(((file.name, in_folder(file, folder)) for file in files), len(files), max_images, progress)
-        return found._or_complain(f"folder {folder.name!r}", f"put PNG, JPEG or WebP files into {folder}")
+        return cls._of(f"folder {folder.name!r}", f"put PNG, JPEG or WebP files into {folder}",
+                       ((file.name, in_folder(file, folder)) for file in files), len(files), max_images, progress)
 
     @classmethod
     def from_zip(cls, path: str | Path, max_images: int = 0, progress: Callable[[int, int], None] | None = None) -> "NegationSet":
@@ -83,22 +83,20 @@ class NegationSet:
             raise ValueError(f"negation set {path.name!r} is not a readable zip file ({error}); make or copy it again") from error
         pictures = {m.filename: m for m in members if PurePosixPath(m.filename).suffix.lower() in EXTENSIONS | {".zip"} and not m.is_dir()
                     and not PurePosixPath(m.filename).name.startswith("._")}  # what macOS adds
-        found = cls._of(((name, in_zip(path, pictures[name], state)) for name in sorted(pictures, key=natural)), len(pictures),
-                            max_images, progress)
-        return found._or_complain(f"zip file {path.name!r}", f"put PNG, JPEG or WebP files into {path}")
+        return cls._of(f"zip file {path.name!r}", f"put PNG, JPEG or WebP files into {path}",
+                       ((name, in_zip(path, pictures[name], state)) for name in sorted(pictures, key=natural)), len(pictures), max_images,
+                       progress)
 
     @classmethod
-    def _of(cls, *candidates) -> "NegationSet":
+    def _of(cls, what: str, todo: str, *candidates) -> "NegationSet":
+        """Those that are readable; where none is, what to do about it."""
         kept, skipped = readable(*candidates)
-        names, sizes, readers, fingerprints = zip(*kept) if kept else ((), (), (), ())
+        if not kept:
+            unread = "".join(f"\n  {name}: {reason}" for name, reason in skipped[:10])
+            raise ValueError(f"negation set {what} has no readable picture{f' ({len(skipped)} unreadable)' if skipped else ''}; "
+                             f"{todo}{unread}")
+        names, sizes, readers, fingerprints = zip(*kept)
         return cls(names, fingerprints, readers, tuple(skipped), size=sum(sizes))
-
-    def _or_complain(self, what: str, todo: str) -> "NegationSet":
-        if self.names:
-            return self
-        unread = "".join(f"\n  {name}: {reason}" for name, reason in self.skipped[:10])
-        raise ValueError(f"negation set {what} has no readable picture"
-                         f"{f' ({len(self.skipped)} unreadable)' if self.skipped else ''}; {todo}{unread}")
 
     @classmethod
     def from_latents(cls, latents: torch.Tensor, names: Sequence[str] = (), weights: torch.Tensor | None = None) -> "NegationSet":
@@ -157,14 +155,6 @@ class NegationSet:
     def fingerprint(self) -> str:
         """One hash for the whole set: changes when a picture is added, removed, changed or weighed otherwise."""
         return hashlib.sha256(("".join(self.fingerprints) + repr(self.weights or "")).encode()).hexdigest()
-
-    def describe(self, title: str) -> str:
-        """Name, count, skipped files and size, in one line."""
-        units = ("B", "KB", "MB", "GB", "TB")
-        power = min(len(units) - 1, max(0, self.size.bit_length() - 1) // 10)
-        size = f", {self.size / 1024**power:.3g} {units[power]}" if self.size else ""
-        what = "latents" if self.latents and None not in self.latents else "pictures"
-        return f"{title}: {len(self)} {what}, {len(self.skipped)} skipped{size}"
 
     def take(self, rows: Sequence[int]) -> "NegationSet":
         """The set of these pictures, in this order; its size on disk is not known any more."""

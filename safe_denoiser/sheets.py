@@ -7,9 +7,18 @@ from .negation_set import NegationSet
 from .pictures import blur, printable, write
 
 
+def describe(negation_set: NegationSet, title: str) -> str:
+    """Name, count, skipped files and size, in one line."""
+    units = ("B", "KB", "MB", "GB", "TB")
+    power = min(len(units) - 1, max(0, negation_set.size.bit_length() - 1) // 10)
+    size = f", {negation_set.size / 1024**power:.3g} {units[power]}" if negation_set.size else ""
+    what = "latents" if negation_set.latents and None not in negation_set.latents else "pictures"
+    return f"{title}: {len(negation_set)} {what}, {len(negation_set.skipped)} skipped{size}"
+
+
 def contact_sheet(negation_set: NegationSet, title: str = "", count: int = 16, blurred: bool = True) -> Image.Image:
     """Up to `count` pictures, evenly picked, in a grid under a line of text; blurred beyond recognition by default."""
-    lines = [negation_set.describe(title), *(f"skipped {name}: {reason}" for name, reason in negation_set.skipped[:3])]
+    lines = [describe(negation_set, title), *(f"skipped {name}: {reason}" for name, reason in negation_set.skipped[:3])]
     return sheet(negation_set, evenly(range(len(negation_set)), count), lines, blurred)
 
 

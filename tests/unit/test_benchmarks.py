@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.safety import record
+from benchmarks.harness import record
 from benchmarks.step_cost import published_rule
 from safe_denoiser import Bank
 from safe_denoiser.methods import official

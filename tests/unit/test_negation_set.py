@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from safe_denoiser import NegationSet, combine_sets
-from safe_denoiser.sheets import contact_sheet, thumbnail
+from safe_denoiser.sheets import contact_sheet, describe, thumbnail
 
 
 def picture(mode="RGB", size=(20, 10)):
@@ -139,7 +139,7 @@ def test_blurred_thumbnails_and_latents_without_a_picture():
     assert len(thumbnail(stripes, 0, 64, blurred=False).getcolors(10_000)) == 2
     latents = NegationSet.from_latents(torch.rand(3, 4, 2, 2))
     assert thumbnail(latents, 1, 64).getcolors() == [(64 * 64, (128, 128, 128))]
-    assert latents.describe("saved") == "saved: 3 latents, 0 skipped, 192 B"
+    assert describe(latents, "saved") == "saved: 3 latents, 0 skipped, 192 B"
     with pytest.raises(ValueError, match="holds latents and no picture; build the set from pictures instead"):
         next(iter(latents))
 

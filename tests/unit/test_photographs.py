@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from benchmarks import photographs
+from benchmarks.harness import Scale
 from benchmarks.photographs import DEFAULT, EXACT, METHODS, OFF, Asked, Scene, by_heart, generalises, memorised, rows, synthetic
-from benchmarks.safety import Scale
 from benchmarks.worlds import Gaussians, Heart, call, gaussians, sample, schedule
 from safe_denoiser import SafeDenoiser
 
