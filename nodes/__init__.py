@@ -3,7 +3,22 @@ import logging
 
 from comfy_api.latest import ComfyExtension
 
-from . import bank, check, class_condition, clip, curate, describe, folders, negation_set, reference, report, sample, semantic, versions
+from . import (
+    bank,
+    check,
+    class_condition,
+    clip,
+    curate,
+    describe,
+    folders,
+    guard_model,
+    negation_set,
+    reference,
+    report,
+    sample,
+    semantic,
+    versions,
+)
 
 
 class SafeDenoiserExtension(ComfyExtension):
@@ -11,5 +26,5 @@ class SafeDenoiserExtension(ComfyExtension):
         if line := versions.too_old():
             logging.warning(line)
         folders.register()  # before any schema lists its files
-        stations = (negation_set, bank, reference, sample, report, clip, curate, check, semantic, class_condition, describe)
+        stations = (negation_set, bank, reference, sample, report, clip, curate, check, semantic, class_condition, describe, guard_model)
         return [node for station in stations for node in station.NODES]

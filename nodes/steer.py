@@ -9,6 +9,7 @@ import comfy.patcher_extension
 import torch
 
 from ..safe_denoiser import Bank, Report, SafeDenoiser, Step
+from ..safe_denoiser.denoiser import METHODS
 from .bank import require_pictures
 from .conditions import Witness, hookable, listen
 from .live import Live
@@ -20,6 +21,7 @@ MISSED = "the unwanted condition was not evaluated in some model calls: the guid
 UNTOLD = "the sampler was started without a word to this node: a mask, if there is one, is not known, and whole pictures are compared"
 RISES = "the noise rises from step to step (unsampling): nothing is steered, so that sampling again can lead elsewhere"
 MIDWAY = "the run begins in the middle of a schedule, and its earlier part is not known here: what the prompt asks for is judged anew"
+UNGUIDED = "there is no guidance (cfg 1), and safe latent diffusion is a part of it: nothing is done"
 ROWS = "the sampler asks for parts of the batch at a time: what earlier calls told of each picture is not known"
 
 
@@ -126,7 +128,10 @@ def require(banks: dict[str, Bank | None], unwanted, neutral, method: str, weigh
         if weight == "witness":
             raise ValueError("weight 'witness' compares with the prediction under an unwanted condition, and none is connected; connect "
                              "unwanted, or choose weight 'auto'")
-    if banks["bank"] is not None:
+        if method == "sld":
+            raise ValueError("method 'sld' pushes away from the prediction under an unwanted condition, and none is connected; connect "
+                             "unwanted")
+    if banks["bank"] is not None or method == "sld":
         return
     if unwanted is None:
         raise ValueError("nothing says what must not come out; connect negation_bank (from Build or Load Negation Bank), or unwanted (a "
@@ -171,7 +176,7 @@ class Run:
         self.denoisers = {tuple(self.picture.of(noise).shape[1:]): denoiser}
         if denoiser.strength and denoiser.inside:
             self.note(f"compared by parts of the picture, in {len(denoiser.inside)} windows")
-        if "unwanted" in self.patch.connected and denoiser.method != "safe_denoiser":
+        if "unwanted" in self.patch.connected and not METHODS[denoiser.method].hears:
             self.note(f"method {denoiser.method} does not know the unwanted condition, only safe_denoiser does")
         bank = self.patch.denoiser.bank
         origin = bank and bank.metadata.get("origin")  # of a compressed bank: the picture that
@@ -207,13 +212,18 @@ class Run:
         self.lowest, self.highest = min(self.lowest, sigma), max(self.highest, sigma)
         return over
 
+    def begins_step(self, timestep: torch.Tensor) -> bool:
+        """Whether a call at this noise level is none of a sampler's between two levels of the schedule, as far as that is known."""
+        level = timestep.max()
+        return self.sigmas is None or bool(((self.sigmas.to(level) - level).abs() <= 1e-4 * level).any())
+
     def mask_at(self, guider, timestep: torch.Tensor, model_options: dict) -> torch.Tensor | None:
         change = model_options.get("denoise_mask_function")  # Differential Diffusion: another mask at each step
         if self.mask is None or change is None:
             return self.mask
         return change(timestep, self.mask, extra_options={"model": guider, "sigmas": self.sigmas})
 
-    def correct(self, denoiser: SafeDenoiser, x, raw, level, mask, guides: dict, reach) -> tuple[torch.Tensor, Step | None]:
+    def correct(self, denoiser: SafeDenoiser, x, raw, level, mask, guides: dict, reach, begins) -> tuple[torch.Tensor, Step | None]:
         """`safe`, as far as the conditions reach; with neither a bank nor a prediction to go by, inside a window that is never open."""
         picture = self.picture
         if "unwanted" not in guides and (denoiser.bank is None or denoiser.weight == "witness"):
@@ -221,7 +231,7 @@ class Run:
         if reach is not None:
             mask = reach if mask is None else reach * mask
         guides = {name: picture.of(prediction) for name, prediction in guides.items()}
-        found, step = denoiser.safe(picture.of(x), picture.of(raw), *level, picture.of(mask), **guides)
+        found, step = denoiser.safe(picture.of(x), picture.of(raw), *level, picture.of(mask), **guides, begins=begins)
         safe_denoised = raw if step is None else picture.put(raw, found)
         return safe_denoised if reach is None else raw + reach * (safe_denoised - raw), step
 
@@ -249,7 +259,7 @@ class Patch:
         self.denoiser, self.start, self.end, self.bank_size, self.connected = denoiser, start, end, bank_size, connected
         self.banks = {name: bank for name in ("bank", "retain", "reference") if (bank := getattr(denoiser, name)) is not None}
         self.on = denoiser.strength != 0
-        self.given = connected if self.on and denoiser.method == "safe_denoiser" else {}
+        self.given = connected if self.on and METHODS[denoiser.method].hears else {}
         self.report, self.runs = Report([], [], source()), WeakKeyDictionary()  # by guider: one never runs twice at a time
 
     def patched(self, model):
@@ -325,7 +335,7 @@ class Patch:
         model_options = {**model_options, KEY: shared}
         if witness.given:
             timestep = timestep.expand(len(x))  # one number would do for the model's one condition, not for several
-            model_options = witness.ask(guider, shared, model_options, timestep, bool(denoiser.opens(level[0]).any()))
+            model_options = witness.ask(guider, shared, model_options, timestep, bool(denoiser.listens(level[0]).any()))
         denoised = executor(x, timestep, model_options, *args, **kwargs)
         guides = guidance(guider, seen)
         if guides:
@@ -338,8 +348,10 @@ class Patch:
         heard = witness.heard(shared, x, guides) if witness.given else {}
         if witness.missed:
             run.note(MISSED)
+        if denoiser.method == "sld" and "unconditional" not in guides:
+            run.note(UNGUIDED)
         reach = witness.reach(guider, x, timestep) if heard else None
-        safe_denoised, step = run.correct(denoiser, x, raw, level, mask, guides | heard, reach)
+        safe_denoised, step = run.correct(denoiser, x, raw, level, mask, guides | heard, reach, run.begins_step(timestep))
         if raw is not denoised:
             safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
         run.record(step)

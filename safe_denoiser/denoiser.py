@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .bank import Bank
+from .by_sld import BySld
 from .kernel import rows
 from .neighbours import OfficialSD1, OfficialSD3, Sgf, Spell
 from .places import InsideMasks, by_frames, by_windows
@@ -22,7 +23,7 @@ from .view import View
 from .weights import ByWeight
 
 METHODS: dict[str, type[Rule]] = {"safe_denoiser": ByWeight, "spell": Spell, "official": OfficialSD1, "official_sd3": OfficialSD3,
-                                  "sgf": Sgf}  # the order is the nodes'
+                                  "sgf": Sgf, "sld": BySld}  # the order is the nodes'
 RANGES = {"strength": (-1e6, 1e6), "sigma_start": (0, math.inf), "sigma_end": (0, math.inf), "parts": (1, 64)}
 
 
@@ -45,22 +46,12 @@ class SafeDenoiser:
 
     Args:
         bank: what must not come out; latents (N, C, *spatial), in the space of `x`. None, where an unwanted condition says so alone.
-        method: "safe_denoiser", or a neighbour: "spell", "sgf", "official", "official_sd3" (these two normalise the bank themselves).
-        weight: how r or beta is found. "auto": witness, evidence, retain, unconditional or gate, the first for which there is what it
-            needs; "gaussian", see `ByGaussians`, in place of evidence where `trusted` is not so.
-            For comparison: "reference" (evidence 0), "ratio_beta" (the theorem as printed), "tracked", "triangle", "constant".
+        method: "safe_denoiser", or a neighbour: "spell", "sgf", "official", "official_sd3" (these two normalise the bank themselves), or
+            "sld", which knows no bank: see `by_sld`.
         retain: pictures to keep. reference: the model's own samples.
         strength: 1 as derived, 0 off, bit for bit.
         sigma_start, sigma_end: active where sigma_end < sigma <= sigma_start.
-        prior: P(unsafe) among the model's own samples, in (0, 1); None takes the weight's own from TUNED.
-        evidence: how much the prediction itself counts; 0 ignores it, None takes the weight's own from TUNED.
-        bandwidth: kernel width h; None is 0.4 standard deviations of the bank (the published 3.15 for "official", the median
-            distance of a bank item to its nearest neighbour for "sgf").
-        temperature: T; None is calibrated on the bank by perplexity.
-        posterior_max: ceiling of r, below 1. beta_max: ceiling of beta.
-        radius: SPELL's shield radius, latent L2; None is the median distance of a bank item to its nearest neighbour.
-        threshold: gate of "official".
-        push: from where the beta forms push: the "guided" prediction, or the "unconditional" one (arXiv:2502.08011, Eq. 8).
+        weight, prior, evidence, bandwidth, temperature, posterior_max, beta_max, radius, threshold, push: see `settings.Settings`.
         semantic: log p_u - log p_retain of a prediction (B, C, *spatial) at sigma / alpha (B,), used with a retain bank instead of the
             ratio of the banks' densities, see `semantic.SemanticPosterior`; not inside a mask.
         parts: windows of 1 / parts of each side instead of whole pictures; 1 is the whole. None is 2 where that tells the bank from the
@@ -68,6 +59,7 @@ class SafeDenoiser:
             that is sampled.
         trusted: whether distances see what the bank shows, so that its kernel means may steer. None finds out, see `View.sees`; where
             they do not, "auto" takes "gaussian" if there is a reference bank.
+        own: what only this method knows: `guards.Sld`, the numbers of "sld".
         memory: what a run remembers from call to call, filled by `safe`: tensors of rows by name, and the same for each window and for
             what is inside masks. Begin each run with an empty one; hand over a run's own to go on with it.
 
@@ -95,6 +87,7 @@ class SafeDenoiser:
     semantic: Callable[[Tensor, Tensor], Tensor] | None = None
     parts: int | None = None
     trusted: bool | None = None
+    own: object = None
     memory: dict = field(default_factory=dict, repr=False)
     view: View = field(init=False, repr=False)
 
@@ -103,7 +96,7 @@ class SafeDenoiser:
         require_ranges(self, RANGES)
         settings = Settings(**{one.name: getattr(self, one.name) for one in fields(Settings)})
         view = View(self.bank and METHODS[self.method].prepared(self.bank), self.retain, self.reference, settings, self.semantic,
-                    trusted=self.trusted)
+                    trusted=self.trusted, own=self.own)
         METHODS[self.method].require(self.method, view)
         object.__setattr__(self, "view", view)
         if (self.parts or 1) > 1 and not (view.comparable and METHODS[self.method].by_parts(settings)):
@@ -132,7 +125,9 @@ class SafeDenoiser:
         """The correction of one prediction at strength 1; with a mask (B, D), inside it."""
         if not METHODS[self.method].whole(self.view, p) and self.inside:
             return by_windows(self.inside, self.bank.latents.shape[1:], p, mask)
-        return self.rule.correct(p, self.memory) if mask is None else self.masks.correct(mask, p, self.memory)
+        if mask is None or not self.rule.distances:
+            return self.rule.correct(p, self.memory)
+        return self.masks.correct(mask, p, self.memory)
 
     def forget(self) -> None:
         """Begin a new run."""
@@ -143,10 +138,14 @@ class SafeDenoiser:
         """Which noise levels (B,) lie inside the window, (B,), bool."""
         return (sigma > self.sigma_end) & (sigma <= self.sigma_start)
 
+    def listens(self, sigma: Tensor) -> Tensor:
+        """At which noise levels (B,) an unwanted condition is to be evaluated, (B,), bool."""
+        return sigma > self.sigma_end if METHODS[self.method].gathers else self.opens(sigma)
+
     @torch.no_grad()
     def safe(self, x: Tensor, denoised: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0,
              mask: Tensor | None = None, unconditional: Tensor | None = None, conditional: Tensor | None = None,
-             unwanted: Tensor | None = None, neutral: Tensor | None = None) -> tuple[Tensor, Step | None]:
+             unwanted: Tensor | None = None, neutral: Tensor | None = None, begins: bool = True) -> tuple[Tensor, Step | None]:
         """Correct one prediction.
 
         Args:
@@ -159,6 +158,7 @@ class SafeDenoiser:
             conditional: the same under the prompt, before guidance.
             unwanted: the same under a condition that means what must not come out.
             neutral: the same under a condition that means nothing in particular; None takes `unconditional`.
+            begins: whether the call begins a step of the sampler, and is not one of several within it.
 
         Returns:
             safe_denoised in the shape and dtype of `denoised`, and the Step (None when strength is 0, where `denoised` itself
@@ -177,7 +177,7 @@ class SafeDenoiser:
                                     for y in (x, denoised, unconditional, conditional, unwanted, neutral))
         sigma, alpha = (rows(value, flat)[:, 0].expand(len(x)).repeat_interleave(len(flat) // len(x)) for value in (sigma, alpha))
         sampled = None if mask is None else frames(mask.expand_as(x))[0].flatten(1).to(dtype)
-        correction = self.correct(Prediction(flat, predicted, sigma, alpha, *guides), sampled)
+        correction = self.correct(Prediction(flat, predicted, sigma, alpha, *guides, begins), sampled)
         corrected = predicted + self.strength * correction.direction
         size = abs(self.strength) * correction.direction.norm(dim=1) / predicted.norm(dim=1).clamp_min(1e-12)
         inside, finite = self.opens(sigma), torch.isfinite(corrected).all(1) & torch.isfinite(size)

@@ -14,8 +14,16 @@ from .settings import Settings
 from .view import View
 
 
+@dataclass(frozen=True, eq=False)
 class Neighbour(Rule):
-    """A rule that looks at every item of a bank, and cannot be compared with another bank's."""
+    """A rule that looks at every item of a bank, flat latents (N, D), and cannot be compared with another bank's.
+
+    Args:
+        width: of a shield or a kernel around each item.
+    """
+
+    latents: Tensor
+    width: float
 
     @staticmethod
     def by_parts(settings: Settings) -> bool:
@@ -30,35 +38,28 @@ class Neighbour(Rule):
         raise NotImplementedError
 
 
-@dataclass(frozen=True, eq=False)
 class Spell(Neighbour):
-    """`methods.spell`: out of a shield of this radius around each item of flat latents (N, D)."""
-
-    latents: Tensor
-    radius: float
+    """`methods.spell`: out of a shield of this radius around each item."""
 
     @classmethod
     def of(cls, view: View) -> "Spell":
-        radius = view.settings.radius
-        return cls(view.latents, view.neighbour_distance if radius is None else radius)
+        return cls(view.latents, view.radius)
 
     def answer(self, p: Prediction) -> tuple[Tensor, Tensor, Tensor]:
-        direction, factor = methods.spell(p.denoised, self.latents, self.radius)
+        direction, factor = methods.spell(p.denoised, self.latents, self.width)
         return direction, factor, factor.sum(1).clamp_max(1)
 
 
 @dataclass(frozen=True, eq=False)
 class Official(Neighbour):
-    """`methods.official`: the published code's rule over flat latents (N, D), normalised at each location.
+    """`methods.official`: the published code's rule over latents that are normalised at each location.
 
     Args:
         item: shape of an item, where the prediction is normalised at each location too (the SD3 variant).
         root: square root of the mask inside which alone it counts.
     """
 
-    latents: Tensor
-    bandwidth: float
-    threshold: float
+    threshold: float = Settings.threshold
     item: Sequence[int] | None = None
     root: Tensor | None = None
 
@@ -71,7 +72,7 @@ class Official(Neighbour):
         if self.item is not None:
             query = F.normalize(query.unflatten(1, self.item), dim=1).flatten(1)
             query = query if self.root is None else query * self.root
-        direction, factor = methods.official(p.denoised, self.latents, self.bandwidth, self.threshold, query)
+        direction, factor = methods.official(p.denoised, self.latents, self.width, self.threshold, query)
         return direction, factor, (factor.sum(1) + 1e-8 > self.threshold).to(p.x.dtype)
 
 
@@ -93,12 +94,8 @@ class OfficialSD3(Official):
         return cls(view.latents, 1.0 if h is None else h, view.settings.threshold, view.bank.latents.shape[1:], view.root)
 
 
-@dataclass(frozen=True, eq=False)
 class Sgf(Neighbour):
-    """`methods.sgf`: up the potential of flat latents (N, D), of this kernel width; inside a mask that of whole pictures."""
-
-    latents: Tensor
-    bandwidth: float
+    """`methods.sgf`: up the potential of kernels of this width; inside a mask that of whole pictures."""
 
     @classmethod
     def of(cls, view: View) -> "Sgf":
@@ -106,5 +103,5 @@ class Sgf(Neighbour):
         return cls(view.latents, (view.whole or view).neighbour_distance if h is None else h)
 
     def answer(self, p: Prediction) -> tuple[Tensor, Tensor, Tensor]:
-        direction, factor = methods.sgf(p.denoised, self.latents, self.bandwidth)
+        direction, factor = methods.sgf(p.denoised, self.latents, self.width)
         return direction, factor, factor.mean(1)

@@ -32,11 +32,10 @@ def by_windows(inside: Sequence[tuple[tuple, Rule, dict]], item: Sequence[int], 
             of it, which is changed.
         item: shape of the latents of p.
     """
-    whole = [y if y is None else y.unflatten(1, item) for y in (p.x, p.denoised, *p.guides)]
-    found, total, weight = [], torch.zeros_like(whole[0]), torch.full_like(whole[0], 1e-12)
+    total = torch.zeros_like(p.x.unflatten(1, item))
+    found, weight = [], torch.full_like(total, 1e-12)
     for place, rule, memory in inside:
-        x, denoised, *guides = (y if y is None else y[place].flatten(1) for y in whole)
-        part = rule.correct(Prediction(x, denoised, p.sigma, p.alpha, *guides), memory)
+        part = rule.correct(p.cut(lambda y, place=place: y.unflatten(1, item)[place].flatten(1)), memory)
         r = part.posterior if mask is None else part.posterior * mask.unflatten(1, item)[place].flatten(1).mean(1)
         share = r.view(-1, *[1] * len(item))
         total[place] += share * part.direction.view_as(total[place])
@@ -72,8 +71,7 @@ class InsideMasks:
             self._make(mask, memory)
         parts = []
         for index, root, rule, own in self.parts:
-            x, denoised, *guides = (y if y is None else y[index] * root for y in (p.x, p.denoised, *p.guides))
-            part = rule.correct(Prediction(x, denoised, p.sigma[index], p.alpha[index], *guides), own)
+            part = rule.correct(p.cut(lambda y, root=root: y * root, index), own)
             whole = torch.where(root > 0, part.direction / root, 0)
             parts.append((whole, part.posterior, part.nearest, part.clamped, part.omitted, part.projection))
         indices, _, _, memories = zip(*self.parts)

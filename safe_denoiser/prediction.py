@@ -1,7 +1,7 @@
 """What a method hears of one model call, what it answers, and what the report keeps of it."""
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ class Prediction:
         unconditional, conditional: what guidance made `denoised` of.
         unwanted: under the condition that means what must not come out.
         neutral: under a condition that means nothing in particular.
+        begins: whether the call begins a step of the sampler, and is not one of several within it.
     """
 
     x: Tensor
@@ -27,11 +28,13 @@ class Prediction:
     conditional: Tensor | None = None
     unwanted: Tensor | None = None
     neutral: Tensor | None = None
+    begins: bool = True
 
-    @property
-    def guides(self) -> tuple[Tensor | None, ...]:
-        """The predictions beside `denoised`, in the order of the fields."""
-        return self.unconditional, self.conditional, self.unwanted, self.neutral
+    def cut(self, part: Callable[[Tensor], Tensor], rows: Tensor | slice = slice(None)) -> "Prediction":
+        """The same of a part of each latent (B, D), and of some rows."""
+        names = ("x", "denoised", "unconditional", "conditional", "unwanted", "neutral")
+        parts = {name: None if (y := getattr(self, name)) is None else part(y[rows]) for name in names}
+        return replace(self, **parts, sigma=self.sigma[rows], alpha=self.alpha[rows])
 
 
 @dataclass(frozen=True)

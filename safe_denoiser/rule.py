@@ -8,7 +8,15 @@ from .view import View
 
 
 class Rule:
-    """Answers a prediction; a view of the banks is all that it knows, so that it works inside masks, in windows and on frames of videos."""
+    """Answers a prediction; a view of the banks is all that it knows, so that it works inside masks, in windows and on frames of videos.
+
+    Args:
+        distances: it measures distances, inside a mask therefore those inside it; else it works element by element.
+        hears: it knows the unwanted condition.
+        gathers: and wants to hear it before the window of the schedule opens, too.
+    """
+
+    distances, hears, gathers = True, False, False
 
     @classmethod
     def of(cls, view: View) -> "Rule":

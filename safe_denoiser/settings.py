@@ -29,7 +29,21 @@ def require_choice(name: str, value: str, choices) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the rules, as `SafeDenoiser` explains them; None is automatic.
+    """The settings of the rules; None is automatic.
+
+    Args:
+        weight: how r or beta is found. "auto": witness, evidence, retain, unconditional or gate, the first for which there is what it
+            needs; "gaussian", see `ByGaussians`, in place of evidence where `trusted` is not so.
+            For comparison: "reference" (evidence 0), "ratio_beta" (the theorem as printed), "tracked", "triangle", "constant".
+        prior: P(unsafe) among the model's own samples, in (0, 1); None takes the weight's own from TUNED.
+        evidence: how much the prediction itself counts; 0 ignores it, None takes the weight's own from TUNED.
+        bandwidth: kernel width h; None is 0.4 standard deviations of the bank (the published 3.15 for "official", the median
+            distance of a bank item to its nearest neighbour for "sgf").
+        temperature: T; None is calibrated on the bank by perplexity.
+        posterior_max: ceiling of r, below 1. beta_max: ceiling of beta.
+        radius: SPELL's shield radius, latent L2; None is the median distance of a bank item to its nearest neighbour.
+        threshold: gate of "official".
+        push: from where the beta forms push: the "guided" prediction, or the "unconditional" one (arXiv:2502.08011, Eq. 8).
 
     Raises:
         ValueError: an unknown weight or push, a number out of range.

@@ -25,6 +25,7 @@ class View:
         root: square root of the mask (D,) by which banks and predictions are multiplied; None where all is compared.
         whole: of what this is a masked view.
         trusted: whether distances see what the bank shows; None finds out, see `sees`.
+        own: what only a rule of one's own knows.
 
     Raises:
         ValueError: banks of different shapes, or none of a kind that the settings ask for.
@@ -38,6 +39,7 @@ class View:
     root: Tensor | None = None
     whole: "View | None" = None
     trusted: bool | None = None
+    own: object = None
 
     def __post_init__(self):
         weight = self.settings.weight
@@ -88,6 +90,11 @@ class View:
             return float(self.latents.norm())
         return self.bank.recall("neighbour distance", lambda: between_neighbours(self.latents))
 
+    @property
+    def radius(self) -> float:
+        """Of a shield around each item of the bank: as given, else that distance."""
+        return self.neighbour_distance if self.settings.radius is None else self.settings.radius
+
     @cached_property
     def sees(self) -> bool:
         """Whether distances tell the bank from the other bank, as they must for its kernel means to point anywhere; or that bank, what
@@ -106,7 +113,7 @@ class View:
         stored = self.bank.latents if self.bank else mask
         root = mask.to(torch.promote_types(stored.dtype, torch.float32)).sqrt()
         banks = (one and one.masked(root) for one in (self.bank, self.retain, self.reference))
-        return View(*banks, self.settings, root=root, whole=self)
+        return View(*banks, self.settings, root=root, whole=self, own=self.own)
 
     def by_parts(self, parts: int | None) -> list[tuple[tuple, "View"]]:
         """Each window of 1 / parts of each side, and the view of the crops there that show the unwanted thing; [] where pictures are
@@ -124,6 +131,7 @@ class View:
         settings = replace(given, prior=prior, evidence=evidence, bandwidth=width.bandwidth, temperature=width.temperature)
 
         def at(place):
-            return View(shown, *(one and one.map(lambda y: y[place]) for one in (self.retain, self.reference)), settings, trusted=True)
+            others = (one and one.map(lambda y: y[place]) for one in (self.retain, self.reference))
+            return View(shown, *others, settings, trusted=True, own=self.own)
 
         return [(place, at(place)) for place in places]

@@ -56,6 +56,8 @@ class ByWeight(Rule):
     natural picture comes out instead of a bent one.
     """
 
+    hears = True
+
     view: View
     rules: dict[str, Rule] = field(default_factory=dict, init=False)  # made so far, by weight
 

@@ -247,3 +247,30 @@ def test_a_sampler_that_tells_less_noise_than_there_is(way, apply, prompts):
         return euler(lambda x, sigma: call(x, 0.8 * sigma), x, sigmas)
 
     assert torch.isfinite(sample(guider(patched, prompts), ksampler(told_less))).all() and report.summary["corrected_calls"] == 6
+
+
+def test_a_rule_with_a_name_is_a_method_of_the_nodes(pack, run, tiny, prompts, monkeypatch):
+    """What CONTRIBUTING.md promises of ten lines; tests/unit/test_house.py has the rest."""
+    from pack.safe_denoiser.denoiser import METHODS
+    from pack.safe_denoiser.prediction import Correction
+    from pack.safe_denoiser.rule import Rule
+
+    class AwayFromMean(Rule):
+        def __init__(self, view):
+            self.view = view
+
+        def correct(self, p, memory):
+            unsafe = self.view.densities.of(self.view.bank, p)
+            r = torch.full_like(p.sigma, 0.1)
+            return Correction(r[:, None] * (p.denoised - unsafe.mean), r, unsafe.weights.argmax(1), r > 1, unsafe.omitted)
+
+    monkeypatch.setitem(METHODS, "away_from_mean", AwayFromMean)
+    for node in ("SafeDenoiserApply", "SafeDenoiserKSampler"):
+        assert "away_from_mean" in next(one for one in pack[node].define_schema().inputs if one.id == "method").options
+    apply = dict(model=tiny.model, negation_bank=tiny.bank, reference_bank=tiny.reference, method="away_from_mean")
+    found = {}
+    for name, settings in {"off": dict(strength=0.0), "on": dict(), "early": dict(end=0.4), "parts": dict(parts=2)}.items():
+        patched, report = run("Apply", **apply, **settings).result
+        found[name] = sample(guider(patched, prompts)), report.summary["corrected_calls"]
+    assert [calls for _, calls in found.values()] == [0, 6, 3, 6]
+    assert len({tuple(latent.flatten().tolist()) for latent, _ in found.values()}) == 4, "each differs"
