@@ -12,6 +12,7 @@ from . import (
     describe,
     folders,
     guard_model,
+    guard_prompt,
     negation_set,
     reference,
     report,
@@ -26,5 +27,6 @@ class SafeDenoiserExtension(ComfyExtension):
         if line := versions.too_old():
             logging.warning(line)
         folders.register()  # before any schema lists its files
-        stations = (negation_set, bank, reference, sample, report, clip, curate, check, semantic, class_condition, describe, guard_model)
+        stations = (negation_set, bank, reference, sample, report, clip, curate, check, semantic, class_condition, describe, guard_prompt,
+                    guard_model)
         return [node for station in stations for node in station.NODES]

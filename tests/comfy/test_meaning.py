@@ -258,8 +258,7 @@ def test_the_built_in_phrases_are_a_list_that_works(pack, describe, digits):
 
 def test_the_sheet_shows_pictures_of_each_phrase(describe, digits, monkeypatch):
     seen = []
-    monkeypatch.setattr(NegationSet, "sheet", lambda self, rows, lines, blurred, captions: seen.append((rows, lines, blurred, captions))
-                        or Image.new("RGB", (8, 8)))
+    monkeypatch.setattr("pack.safe_denoiser.sheets.sheet", lambda shown, *args: seen.append(args) or Image.new("RGB", (8, 8)))
     shown, others = set_of(digits, 3, 7), set_of(digits, 1, 2, 4)
     output = describe(shown, retain_set=others, preview="blurred")
     (rows, lines, blurred, captions), = seen

@@ -187,10 +187,10 @@ def test_an_interrupt_at_every_stage(run, tiny, folder, stop, pack, sample, monk
     import comfy.model_management as management
     import comfy.sample
     import comfy.utils
-    from pack.safe_denoiser import denoiser, densities, negation_set
+    from pack.safe_denoiser import denoiser, densities, listing
 
     clip = run("LoadOpenCLIP", weights="tiny_clip").result[0]
-    seen = stop(negation_set, "examine", 5)
+    seen = stop(listing, "examine", 5)
     with stopped():
         run("LoadNegationSet", folder="twelve", preview="off")
     assert len(seen) == 5, "at once"

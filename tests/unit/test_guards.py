@@ -20,6 +20,7 @@ from safe_denoiser.guards import (
     span,
     surgery,
 )
+from safe_denoiser.prediction import Prediction
 
 
 def draw(seed, *shape):
@@ -166,7 +167,7 @@ def test_without_guidance_sld_does_nothing_and_off_is_bit_for_bit():
 
 
 def test_layers_add_up_as_equations_8_and_9_of_the_paper_say():
-    """arXiv:2502.08011, Eq. 8: E_safe + lambda (E_c - E_empty), our r / (1 - r) (E_ref - E_u) in E_safe's place; Eq. 9: SLD's term beside it."""
+    """arXiv:2502.08011. Eq. 8: E_safe + lambda (E_c - E_empty), with our r / (1 - r) (E_ref - E_u); Eq. 9: SLD's term beside it."""
     bank, reference = (Bank(draw(seed, 20, 12).float()) for seed in (13, 14))
     x, c, u, s = (y.float() for y in draw(15, 4, 2, 12))
     guided, sigma = u + 3 * (c - u), torch.tensor([2.0, 1.0])
@@ -176,8 +177,6 @@ def test_layers_add_up_as_equations_8_and_9_of_the_paper_say():
     for layer in (safe, guard):
         both = both + layer.safe(x, guided, sigma, unconditional=u, conditional=c, unwanted=s)[0] - guided
     densities = safe.view.densities
-    from safe_denoiser.prediction import Prediction
-
     unsafe, other = (densities.of(one, Prediction(x, guided, sigma, torch.ones(2))) for one in (bank, reference))
     r = (math.log(0.25) + unsafe.log_density - other.log_density).clamp_max(math.log(0.95)).exp()
     closed = guided + (r / (1 - r))[:, None] * (other.mean - unsafe.mean) + 3 * sld(c, u, s, sigma, 0.0, PRESETS["max"][0])[0]

@@ -1,0 +1,307 @@
+"""Guard Prompt: a prompt without what it must not ask for, by its embeddings (Semantic Surgery, SAFREE)."""
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from comfy_api.latest import io
+
+from ..safe_denoiser import guards
+from ..safe_denoiser.meaning import lines_of
+from .encoders import Encoded, Encoders, left_out
+from .fingerprint import fingerprint
+from .live import Live, progress
+from .types import CATEGORY, found_by
+
+LISTS = {  # what one looks for, beside the lines that the user writes
+    "own words": (),
+    "nudity": ("nudity", "naked", "nude", "sexual", "erotic", "explicit sex", "bare breasts", "genitals", "porn"),
+    "violence": ("violence", "blood", "gore", "a dead body", "a wound", "murder", "torture", "shooting people", "cruelty"),
+    "names": ()}
+NAMED = ("{}", "a portrait of {}", "in the style of {}", "art by {}")  # what is looked for of a person's or an artist's name
+REMEMBERED = 32  # lists of concepts of which the scores of harmless prompts are kept, a few numbers per prompt
+_harmless: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+
+def harmless() -> list[str]:
+    """Prompts that ask for nothing that anybody would keep out."""
+    return lines_of(Path(guards.__file__).with_name("harmless.txt").read_text(encoding="utf-8"))
+
+
+def concepts_of(chosen: str, text: str) -> list[str]:
+    """What is looked for: the built-in list and the lines; of names, what is said of them."""
+    lines = lines_of(text)
+    found = [*LISTS[chosen], *([form.format(line) for line in lines for form in NAMED] if chosen == "names" else lines)]
+    if not found:
+        raise ValueError("there is nothing to look for: concepts is empty; write one per line, or choose a built-in list")
+    return [*dict.fromkeys(found)]
+
+
+class Guard:
+    """What both methods share: the concepts in the space of each encoder, and how harmless prompts score there.
+
+    Args:
+        encoders: of the CLIP. concepts: what is looked for. names: they are names of persons.
+    """
+
+    def __init__(self, encoders: Encoders, concepts: list[str], names: bool = False):
+        self.encoders, self.concepts, self.names = encoders, concepts, names
+
+    def short(self, text: str) -> dict:
+        """Tokens of a concept."""
+        tokens = self.encoders.clip.tokenize(text)
+        for key in self.encoders.keys:
+            if len(tokens[key]) > 1:
+                raise ValueError(f"concept {text[:40]!r} is too long for the text encoder {key!r}; say it in fewer words, one per line")
+        return tokens
+
+    def scores(self, tokens: dict, encoded: Encoded) -> torch.Tensor:
+        """How much a prompt has of the concepts, in each space, (S, K)."""
+        raise NotImplementedError
+
+    def alarm(self, rate: float) -> guards.Alarm:
+        """What at most `rate` of harmless prompts set off; their scores are remembered, since they cost an encoding each."""
+        clip = self.encoders.clip
+        key = fingerprint(type(self).__name__, clip.patcher, clip.layer_idx, clip.tokenizer_options, self.concepts)
+        if key not in _harmless:
+            prompts, rows, tell = harmless(), [], progress()
+            for text in prompts:
+                tokens = clip.tokenize(text)
+                rows.append(self.scores(tokens, self.encoders.encode(tokens)).flatten())
+                tell(len(rows), len(prompts))
+            _harmless[key] = torch.stack(rows)
+        _harmless.move_to_end(key)
+        while len(_harmless) > REMEMBERED:
+            _harmless.popitem(last=False)
+        return guards.Alarm.of(_harmless[key], rate)
+
+
+class Surgery(Guard):
+    """Semantic Surgery in the space of each encoder. What one of them hears is taken out of all. Ours: the pooled vectors too, and the
+    thresholds, by the harmless prompts of this encoder.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.empty = self.parts(self.encoders.empty)
+        each = [self.parts(self.short(text)) for text in self.concepts]
+        for name, part in self.empty.items():
+            if any(one[name].shape != part.shape for one in each):
+                raise ValueError(f"method surgery compares a prompt with the empty one row by row, but the text encoder {name!r} makes as "
+                                 f"many rows as a text has tokens; choose method safree")
+        self.named = {name: torch.stack([one[name] for one in each]) for name in self.empty}  # (K, L, E)
+
+    def parts(self, tokens: dict, encoded: Encoded | None = None) -> dict[str, torch.Tensor]:
+        """What each encoder made of a text, (rows, E) by its name."""
+        encoded = self.encoders.encode(tokens) if encoded is None else encoded
+        return {name: box.of(*encoded) for name, box in self.encoders.boxes(tokens).items()}
+
+    def scores(self, tokens: dict, encoded: Encoded) -> torch.Tensor:
+        return self.scores_of(self.parts(tokens, encoded))
+
+    def scores_of(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(S, K); of several chunks, the most."""
+        found = []
+        for name, part in parts.items():
+            empty, concepts = self.empty[name], self.named[name]
+            chunks = part.split(len(empty)) if len(part) % len(empty) == 0 else [part]
+            found.append(torch.stack([guards.concept_scores(chunk, fit(empty, len(chunk)), fit(concepts, len(chunk)))
+                                      for chunk in chunks]).amax(0))
+        return torch.stack(found)
+
+    def joined(self, chosen: list[int]) -> dict[str, torch.Tensor]:
+        """phi of these concepts, joined; as many as fit into one chunk."""
+        text = self.concepts[chosen[0]]
+        for i in chosen[1:]:
+            longer = f"{text}, {self.concepts[i]}"
+            if all(len(self.encoders.clip.tokenize(longer)[key]) == 1 for key in self.encoders.keys):
+                text = longer
+        found = self.parts(self.short(text))
+        return {name: part if part.shape == self.empty[name].shape else self.named[name][chosen[0]] for name, part in found.items()}
+
+    def boxes(self, tokens: dict | None, cond: torch.Tensor) -> dict:
+        """The parts of a conditioning; of one that somebody else made, as many times those of the empty text as it has rows."""
+        if tokens is not None:
+            return self.encoders.boxes(tokens)
+        found, rows = self.encoders.boxes(self.encoders.empty), len(self.encoders.encode(self.encoders.empty)[0])
+        times, rest = divmod(len(cond), rows)
+        if rest or any(box.columns.stop > cond.shape[1] for box in found.values() if box.rows):
+            raise ValueError(f"conditioning is {tuple(cond.shape)} and this CLIP makes {rows} rows of an empty text; connect the CLIP that "
+                             f"made it, or write the text here instead")
+        return {name: box if box.rows is None else type(box)(slice(times * box.rows.start, times * box.rows.stop), box.columns)
+                for name, box in found.items()}
+
+    def guard(self, entries: list, tokens: dict | None, rate: float, strength: float) -> tuple[list, str]:
+        """The conditioning without what is found, and what that was."""
+        alarm, done, lines = self.alarm(rate), [], []
+        for cond, extra in entries:
+            cond, extra = cond.clone(), dict(extra)
+            pooled = extra.get("pooled_output")
+            pooled = None if pooled is None else pooled.clone()
+            encoded = cond[0], None if pooled is None else pooled[0]
+            boxes = {name: box for name, box in self.boxes(tokens, cond[0]).items() if box.rows is not None or pooled is not None}
+            parts = {name: box.of(*encoded).float().cpu() for name, box in boxes.items()}
+            scores = self.scores_of(parts).flatten()
+            beyond, share = (f(scores).view(len(parts), -1) for f in (alarm.beyond, alarm.share))
+            most, where = beyond.max(0)
+            chosen = [i for i in most.argsort(descending=True).tolist() if most[i] > 0]
+            lines += [f"{self.concepts[i]}: {most[i]:+.1f} standard deviations beyond the threshold, in {[*parts][where[i]]}"
+                      for i in (chosen or [int(most.argmax())])]
+            if chosen:
+                rho, joined = strength * float(share.max()), self.joined(chosen)
+                lines.insert(0, f"changed: {len(chosen)} of {len(self.concepts)} concepts found and taken out, rho {rho:.2f}")
+                for name, box in boxes.items():
+                    part = parts[name]
+                    box.put(*encoded, guards.surgery(part, fit(self.empty[name], len(part)), fit(joined[name], len(part)), rho))
+                extra |= {} if pooled is None else {"pooled_output": pooled}
+            done.append([cond, extra])
+        return (done, "\n".join(lines)) if lines[0].startswith("changed") else (entries, "\n".join(["unchanged: nothing found", *lines]))
+
+
+def fit(rows: torch.Tensor, length: int) -> torch.Tensor:
+    """Rows (..., L, E) for a text of another length: repeated for each chunk, or the last, padding, for what follows."""
+    own = rows.shape[-2]
+    if length % own == 0:
+        return torch.cat([rows] * (length // own), -2)
+    return torch.cat([rows, rows[..., -1:, :].expand(*rows.shape[:-2], max(0, length - own), -1)], -2)[..., :length, :]
+
+
+class Safree(Guard):
+    """SAFREE in the space of each encoder, chunk by chunk. Ours: harmless prompts, told by how much of the prompt's vector lies in the
+    concepts' span, are left alone; pooled vectors become those of the prompt without the flagged tokens.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        each = []
+        for text in self.concepts:
+            tokens = self.short(text)
+            each.append(self.vectors(tokens, self.encoders.encode(tokens)))
+        self.named = {key: torch.cat([one[key] for one in each]) for key in each[0]}  # (M, E)
+        self.spans = {key: guards.span(named) for key, named in self.named.items()}
+
+    def vectors(self, tokens: dict, encoded: Encoded) -> dict[str, torch.Tensor]:
+        """The pooled vector of each chunk in each space that has rows, (chunks, E)."""
+        return {key: self.encoders.pooled(key, tokens, encoded) for key in self.encoders.boxes(tokens) if key in self.encoders.keys}
+
+    def shares(self, vectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """|P_C p| / |p| of each chunk in each space, (chunks,)."""
+        return {key: guards.onto(p, self.spans[key]).norm(dim=1) / p.norm(dim=1) for key, p in vectors.items()}
+
+    def scores(self, tokens: dict, encoded: Encoded) -> torch.Tensor:
+        """(S, 1), of several chunks the most."""
+        return torch.stack([share.amax() for share in self.shares(self.vectors(tokens, encoded)).values()])[:, None]
+
+    def without(self, tokens: dict, heard: set[tuple[str, int]]) -> dict[tuple[str, int], torch.Tensor]:
+        """Of these encoders' chunks the vectors with each token left out in turn, (n, E); all encoders at a time."""
+        places = {(key, i): range(*self.encoders.content(key, tokens[key][i])) for key, i in sorted(heard)}
+        found = {where: [] for where in places}
+        for i in sorted({i for _, i in heard}):
+            here = {key: places[key, i] for key in self.named if (key, i) in places}
+            for t in range(max(map(len, here.values()))):
+                chunks = {key: left_out(tokens[key][i], [each[t]] if t < len(each) else []) for key, each in here.items()}
+                variant = self.encoders.single(chunks)
+                vectors = self.vectors(variant, self.encoders.encode(variant))
+                for key, each in here.items():
+                    found[key, i] += [vectors[key][0]] * (t < len(each))
+        return {where: torch.stack(rows) for where, rows in found.items() if rows}
+
+    def guard(self, entries: list, tokens: dict | None, rate: float, strength: float) -> tuple[list, str]:
+        """The conditioning with SAFREE's rows for the first part of the schedule and its own after that, and what was found."""
+        if tokens is None:
+            raise ValueError("method safree leaves out each token of a text in turn, and a conditioning has none; write the text here, or "
+                             "choose method surgery")
+        encoded = self.encoders.encode(tokens)
+        vectors = self.vectors(tokens, encoded)
+        beyond = self.alarm(rate).beyond(self.scores(tokens, encoded).flatten())
+        said = f"{beyond.max():+.1f} standard deviations beyond the threshold, in {[*vectors][int(beyond.argmax())]}"
+        if beyond.max() <= 0:
+            return entries, f"unchanged: nothing found\n{said}"
+        heard = {(key, int(share.argmax())) for key, share in self.shares(vectors).items()}  # the chunk that asks for it most
+        rows, words, steps, dropped = self._filtered(tokens, encoded, vectors, heard)
+        if not rows:
+            return entries, f"unchanged: found, but no single token carries it; method surgery takes it out of all\n{said}"
+        end = min(1.0, (steps + 1) / guards.SCHEDULE)
+        pooled = self.encoders.encode(dropped)[1]
+        done = []
+        for cond, extra in entries:
+            changed = cond.clone()
+            for row, columns, value in rows:
+                changed[0, row, columns] = torch.lerp(changed[0, row, columns].float().cpu(), value, strength).to(changed)
+            more = {} if pooled is None or extra.get("pooled_output") is None else {"pooled_output": torch.lerp(
+                extra["pooled_output"].float().cpu(), pooled[None], strength).to(extra["pooled_output"])}
+            before, after = extra.get("start_percent", 0.0), extra.get("end_percent", 1.0)
+            done += [[changed, {**extra, **more, "start_percent": before, "end_percent": min(after, max(before, end))}],
+                     [cond, {**extra, "start_percent": max(before, min(after, end)), "end_percent": after}]]
+        return done, f"changed: for the first {end:.0%} of the schedule, tokens {', '.join(words)}\n{said}"
+
+    def _filtered(self, tokens: dict, encoded: Encoded, whole: dict, heard: set) -> tuple[list, list[str], int, dict]:
+        """Rows to be replaced (row, columns, value), the words of their tokens, SAFREE's number of steps, and the text without them."""
+        rows, words, steps, dropped = [], [], 0, dict(tokens)
+        for (key, i), without in self.without(tokens, heard).items():
+            box, named, chunk = self.encoders.boxes(tokens)[key], self.named[key], tokens[key][i]
+            start, stop = self.encoders.content(key, chunk)
+            d = guards.distances(torch.cat([without, whole[key][i:i + 1]]), named)
+            flags = guards.flagged(d[:-1], d[-1])
+            part = box.of(*encoded)
+            places = [self.encoders.row(key, tokens, box, place, i) for place in range(start, stop)]
+            attended = [*range(self.encoders.row(key, tokens, box, 0, i), min(len(part), places[-1] + 2))]  # with what begins and ends it
+            projected = guards.safree(part[attended], without, named)
+            for place, row, flag in zip(range(start, stop), places, flags.tolist()):
+                if flag:
+                    rows.append((box.rows.start + row, box.columns, projected[attended.index(row)]))
+                    words.append(self.encoders.word(key, chunk[place][0]))
+                    dropped[key] = [left_out(one, [place]) if k == i else one for k, one in enumerate(dropped[key])]
+            if flags.any():
+                steps = max(steps, guards.filter_steps(part[attended], projected, self.names))
+        return rows, [*dict.fromkeys(words)], steps, dropped
+
+
+METHODS = {"surgery": Surgery, "safree": Safree}
+
+
+class GuardPrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SafeDenoiserGuardPrompt", display_name="Guard Prompt", category=f"{CATEGORY}/guards",
+            **found_by("prompt filter", "nsfw", "safe", "erase concept", "semantic surgery", "safree", "clip text encode", "censor"),
+            description="CLIP Text Encode that looks for what a prompt must not ask for and takes it out of the embeddings; harmless "
+                        "prompts come back as they are. The first layer, before Guard Model (SLD) and Apply Safe Denoiser.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoders of the model. Each is judged in a space of its own."),
+                io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="The prompt. Empty where conditioning is connected."),
+                io.Combo.Input("method", options=[*METHODS], default="surgery",
+                               tooltip="surgery (Semantic Surgery, arXiv:2510.22851): the direction of what is found is taken out of all "
+                                       "rows. safree (SAFREE, arXiv:2410.12761): the tokens that carry it are projected out of it, at the "
+                                       "beginning of the schedule; it encodes the prompt once more for each token."),
+                io.Combo.Input("list", options=[*LISTS], default="nudity",
+                               tooltip="A built-in list of concepts, beside those below. names: the lines below are names of persons or "
+                                       "artists, and portraits of them and works in their style are looked for too."),
+                io.String.Input("concepts", default="", multiline=True, tooltip="What must not be asked for, one per line, in few words."),
+                io.Float.Input("false_alarms", default=0.01, min=0.001, max=0.5, step=0.001,
+                               tooltip="Share of harmless prompts that may be changed. Lower finds less. The threshold is measured with "
+                                       "207 harmless prompts, which takes a while the first time; below 0.005 it is that of the worst."),
+                io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.01,
+                               tooltip="How much of what is found is taken out. 1: as derived. 0: nothing, bit for bit."),
+                io.Conditioning.Input("conditioning", optional=True,
+                                      tooltip="A conditioning that this CLIP made, instead of text; for method surgery. Optional."),
+            ],
+            outputs=[io.Conditioning.Output(tooltip="The prompt, guarded."),
+                     io.String.Output(display_name="found", tooltip="Whether it was changed, what was found, and how clearly.")],
+        )
+
+    @classmethod
+    def execute(cls, clip, text, method, list, concepts, false_alarms, strength, conditioning=None) -> io.NodeOutput:  # noqa: A002
+        if clip is None:
+            raise ValueError("clip is empty: this checkpoint has no text encoder; load one with Load CLIP and connect it")
+        tokens = clip.tokenize(text) if conditioning is None else None
+        entries = clip.encode_from_tokens_scheduled(tokens) if conditioning is None else conditioning
+        if strength == 0:
+            return io.NodeOutput(entries, "off: strength is 0")
+        guard = METHODS[method](Encoders(clip), concepts_of(list, concepts), list == "names")
+        entries, found = guard.guard(entries, tokens, false_alarms, strength)
+        Live().send(found)
+        return io.NodeOutput(entries, found)
+
+
+NODES = [GuardPrompt]
