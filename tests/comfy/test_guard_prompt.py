@@ -129,9 +129,9 @@ def test_two_chunks_and_weights(guard, clips, method):
     """Each chunk by itself: where the second asks for it, it is changed, as it is alone; a weight is in the rows that are changed."""
     harmless = "a cat and a dog in the garden of a house by the sea " * 6
     words = harmless.split()[:75]
-    entries, found = guard("SD 1.5", " ".join([*words, "nude"]), method)
+    entries, found = guard("SD 1.5", " ".join([*words, "nude"]), method, concepts="nude", false_alarms=0.5)  # by rows alone
     assert found.startswith("changed") and entries[0][0].shape[1] == 154
-    alone, _ = guard("SD 1.5", "nude", method)
+    alone, _ = guard("SD 1.5", "nude", method, concepts="nude")
     before = stock(clips, "SD 1.5", " ".join([*words, "nude"]))[0][0]
     if method == "surgery":
         first, second = (before - entries[0][0]).split(77, 1)
