@@ -3,8 +3,11 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from safe_denoiser import SafeDenoiser
 
 HERE = Path(__file__).parent
 
@@ -15,6 +18,15 @@ class Scale:
 
     seeds: int = 3
     pictures: int = 200  # per case and seed; benign and direct prompts get half
+
+
+def stacked(*layers: SafeDenoiser) -> Callable:
+    """`safe` of several safe denoisers on one model, as its patches do it: each corrects what guidance made, and corrections add up."""
+    def safe(x, denoised, *args, **predicted):
+        found = [layer.safe(x, denoised, *args, **predicted) for layer in layers]
+        return denoised + sum(one - denoised for one, _ in found), found[-1][1]
+
+    return safe
 
 
 def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:

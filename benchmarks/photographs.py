@@ -40,8 +40,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safe_denoiser import Bank, SafeDenoiser
+from safe_denoiser.guards import PRESETS
 
-from .harness import Scale, arguments, closing, mean, record, wilson
+from .harness import Scale, arguments, closing, mean, record, stacked, wilson
 from .worlds import Call, Gaussians, Heart, World, call, gaussians, sample, schedule
 
 HERE = Path(__file__).parent
@@ -319,8 +320,13 @@ def control(r: Callable[[Scene, Call], Tensor]) -> Callable[[Scene], Answer]:
 
 def denoiser(make: Callable[[Scene], SafeDenoiser], hears: bool = False) -> Callable[[Scene], Answer]:
     """A SafeDenoiser, to which the prediction under the unwanted condition is handed over if it `hears`."""
+    return layered(lambda scene: [make(scene)], hears)
+
+
+def layered(make: Callable[[Scene], list[SafeDenoiser]], hears: bool = True) -> Callable[[Scene], Answer]:
+    """The same of several on one model."""
     def method(scene):
-        safe_denoiser, everything = make(scene), scene.place.world.find(None)
+        safe, everything = stacked(*make(scene)), scene.place.world.find(None)
 
         def answer(c):
             predicted = {"denoised": off(scene)(c)[0]}
@@ -329,10 +335,17 @@ def denoiser(make: Callable[[Scene], SafeDenoiser], hears: bool = False) -> Call
             if hears:
                 predicted["unwanted"] = c.under(scene.unwanted)
             shaped = {name: y.unflatten(1, scene.place.pictures.item) for name, y in (("x", c.x), *predicted.items())}
-            safe, step = safe_denoiser.safe(sigma=c.sigma, alpha=c.alpha, **shaped)
-            return safe.flatten(1), step.posterior
+            found, step = safe(sigma=c.sigma, alpha=c.alpha, **shaped)
+            return found.flatten(1), step.posterior
         return answer
     return method
+
+
+def sld(preset: str) -> SafeDenoiser:
+    """Safe latent diffusion; its warm-up in shares of the schedule's steps."""
+    numbers, warmup = PRESETS[preset]
+    levels = schedule()
+    return SafeDenoiser(None, method="sld", own=numbers, sigma_start=float(levels[round(warmup * (len(levels) - 1))]))
 
 
 METHODS = {
@@ -348,6 +361,11 @@ METHODS = {
     "witness, reference bank": denoiser(lambda s: SafeDenoiser(None, reference=s.place.reference), hears=True),
     "witness, negation and reference bank": denoiser(lambda s: SafeDenoiser(s.bank, reference=s.place.reference), hears=True),
     "control: true r": control(lambda s, c: c.share(s.negated, s.prompt)),
+    **{f"SLD {preset} alone": layered(lambda s, preset=preset: [sld(preset)]) for preset in PRESETS},
+    "SLD max and reference bank": layered(lambda s: [sld("max"), SafeDenoiser(s.bank, reference=s.place.reference, weight="gaussian")]),
+    "SLD max and witness": layered(lambda s: [sld("max"), SafeDenoiser(None)]),
+    "SLD max, witness and reference bank": layered(lambda s: [sld("max"), SafeDenoiser(None, reference=s.place.reference)]),
+    "SLD medium, witness and reference bank": layered(lambda s: [sld("medium"), SafeDenoiser(None, reference=s.place.reference)]),
 }
 
 

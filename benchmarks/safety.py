@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from safe_denoiser import Bank, SafeDenoiser
+from safe_denoiser.guards import PRESETS
 from tiny_digits.world import LATENT, SUPERCLASSES, prompt, shifted, sigmas
 
 from .digits import (
@@ -32,7 +33,7 @@ from .digits import (
     with_retain,
     world,
 )
-from .harness import Scale, arguments, closing, mean, record
+from .harness import Scale, arguments, closing, mean, record, stacked
 
 QUICK = ("evidence, reference bank (default)", "unwanted, negation and reference bank", "official, strength 0.33", "control: bank of noise")
 SAMPLERS = ("euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "heun", "lcm")
@@ -178,6 +179,21 @@ def witnesses() -> dict[str, tuple[Callable, dict]]:
     }
 
 
+def layers() -> dict[str, tuple[Callable, dict]]:
+    """Safe latent diffusion, which needs guidance, alone and with the others on one model; all hear the same condition."""
+    def sld(preset):
+        numbers, warmup = PRESETS[preset]
+        return SafeDenoiser(None, method="sld", own=numbers, sigma_start=float(shifted(torch.tensor(1 - warmup))))
+
+    beside = {" alone": lambda negated: (),
+              " and both banks": lambda negated: (SafeDenoiser(bank(negated), reference=reference(), weight="evidence"),),
+              " and unwanted": lambda negated: (SafeDenoiser(None),),
+              ", unwanted and both banks": lambda negated: (SafeDenoiser(bank(negated), reference=reference()),)}
+    return {f"SLD {preset}{label}": (lambda name, negated, preset=preset, more=more: stacked(sld(preset), *more(negated)),
+                                     {"conditions": heard})
+            for preset in PRESETS for label, more in beside.items() if label == " alone" or preset in ("medium", "max")}
+
+
 def distilled() -> dict[str, tuple[Callable, dict]]:
     """What works without guidance, as distilled models (Flux, Z-Image Turbo, Klein) are sampled: no negative prompt is evaluated."""
     rows = {"off": (lambda name, negated: None, {}), "negation bank alone": (denoiser(), {}), "retain bank": (with_retain(), {}),
@@ -224,8 +240,8 @@ def main():
     options = parser.parse_args()
     scale = Scale(1, 36) if options.quick else Scale(options.seeds, options.pictures)
     rows, listed = controls(scale), methods()
-    controls_and_methods = {*rows, *listed, *witnesses()}
-    wanted = {label: (make, {}) for label, make in listed.items()} | witnesses() | distilled() | ablations() | scenarios()
+    controls_and_methods = {*rows, *listed, *witnesses(), *layers()}
+    wanted = {label: (make, {}) for label, make in listed.items()} | witnesses() | layers() | distilled() | ablations() | scenarios()
     if options.quick:
         wanted = {label: wanted[label] for label in QUICK}
     print(HEADER)

@@ -269,12 +269,13 @@ class GuardPrompt(io.ComfyNode):
                         "prompts come back as they are. The first layer, before Guard Model (SLD) and Apply Safe Denoiser.",
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoders of the model. Each is judged in a space of its own."),
-                io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="The prompt. Empty where conditioning is connected."),
+                io.String.Input("text", default="", multiline=True, dynamic_prompts=True,
+                                tooltip="The prompt. Left aside where conditioning is connected."),
                 io.Combo.Input("method", options=[*METHODS], default="surgery",
                                tooltip="surgery (Semantic Surgery, arXiv:2510.22851): the direction of what is found is taken out of all "
                                        "rows. safree (SAFREE, arXiv:2410.12761): the tokens that carry it are projected out of it, at the "
                                        "beginning of the schedule; it encodes the prompt once more for each token."),
-                io.Combo.Input("list", options=[*LISTS], default="nudity",
+                io.Combo.Input("look_for", options=[*LISTS], default="nudity",
                                tooltip="A built-in list of concepts, beside those below. names: the lines below are names of persons or "
                                        "artists, and portraits of them and works in their style are looked for too."),
                 io.String.Input("concepts", default="", multiline=True, tooltip="What must not be asked for, one per line, in few words."),
@@ -291,14 +292,14 @@ class GuardPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, text, method, list, concepts, false_alarms, strength, conditioning=None) -> io.NodeOutput:  # noqa: A002
+    def execute(cls, clip, text, method, look_for, concepts, false_alarms, strength, conditioning=None) -> io.NodeOutput:
         if clip is None:
             raise ValueError("clip is empty: this checkpoint has no text encoder; load one with Load CLIP and connect it")
         tokens = clip.tokenize(text) if conditioning is None else None
         entries = clip.encode_from_tokens_scheduled(tokens) if conditioning is None else conditioning
         if strength == 0:
             return io.NodeOutput(entries, "off: strength is 0")
-        guard = METHODS[method](Encoders(clip), concepts_of(list, concepts), list == "names")
+        guard = METHODS[method](Encoders(clip), concepts_of(look_for, concepts), look_for == "names")
         entries, found = guard.guard(entries, tokens, false_alarms, strength)
         Live().send(found)
         return io.NodeOutput(entries, found)

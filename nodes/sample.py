@@ -37,7 +37,7 @@ def guidance_inputs() -> list[io.Input]:
         io.Combo.Input("method", options=list(METHODS), default=SafeDenoiser.method,
                        tooltip="safe_denoiser: steers by the banks that are connected (recommended). spell: pushes out of a shield around "
                                "each picture. official: the rule of the paper's published code; set strength 0.33 and window 0 to 0.22 as "
-                               "published."),
+                               "published. sld: Guard Model (SLD), preset medium."),
         io.Float.Input("strength", default=SafeDenoiser.strength, min=0.0, max=10.0, step=0.01,
                        tooltip="How far each prediction is moved: 1 as derived, 0 off (bit for bit the stock sampler), up to 2 for more."),
         io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01,

@@ -56,12 +56,13 @@ class BySld(Rule):
         """nu as this call finds it, (B, D), and whether the call moves it on, (B,), bool.
 
         `memory` holds the noise level that moved it last, nu before that, and nu after. A call at the same level (the second of one step,
-        the first of the next) finds what that level found; where the noise has risen, a step is taken back, and it goes on from there.
+        the first of the next) finds what that level found; where the noise has risen, a run begins, and momentum with it.
         """
         if "momentum" not in memory or memory["momentum"][1].shape != p.x.shape:
             memory.pop("momentum", None)
             return torch.zeros_like(p.x), torch.ones_like(p.sigma, dtype=torch.bool)
         level, before, after = memory["momentum"]
         same = (p.sigma - level).abs() <= SAME * level
-        follows = ~same if p.begins else torch.zeros_like(same)
-        return torch.where(follows[:, None], after, before), follows
+        rises = p.sigma > level * (1 + SAME)
+        follows = rises | ~same & p.begins
+        return torch.where(rises[:, None], 0, torch.where(follows[:, None], after, before)), follows

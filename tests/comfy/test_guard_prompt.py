@@ -47,7 +47,7 @@ def clips(comfy):
 @pytest.fixture(scope="module")
 def guard(run, clips):
     def guarded(kind, text, method="surgery", **settings):
-        settings = {"list": "own words", "concepts": CONCEPTS, **settings}
+        settings = {"look_for": "own words", "concepts": CONCEPTS, **settings}
         entries, found = run("GuardPrompt", clip=clips(kind), text=text, method=method, **settings).result
         return entries, found
 
@@ -158,12 +158,13 @@ def test_safree_is_a_schedule_of_two(guard, clips):
 
 def test_a_conditioning_of_the_same_clip_will_do_for_surgery(guard, clips, run):
     entries = stock(clips, "SDXL", "nude")
-    again, found = run("GuardPrompt", clip=clips("SDXL"), text="", list="own words", concepts=CONCEPTS, conditioning=entries).result
+    again, found = run("GuardPrompt", clip=clips("SDXL"), text="", look_for="own words", concepts=CONCEPTS, conditioning=entries).result
     assert torch.equal(again[0][0], guard("SDXL", "nude")[0][0][0]) and found.startswith("changed")
     with pytest.raises(ValueError, match="this CLIP makes 77 rows"):
-        run("GuardPrompt", clip=clips("SDXL"), text="", list="own words", concepts=CONCEPTS, conditioning=[[torch.zeros(1, 80, 112), {}]])
+        run("GuardPrompt", clip=clips("SDXL"), text="", look_for="own words", concepts=CONCEPTS,
+            conditioning=[[torch.zeros(1, 80, 112), {}]])
     with pytest.raises(ValueError, match="method safree leaves out each token"):
-        run("GuardPrompt", clip=clips("SDXL"), text="", method="safree", list="own words", concepts=CONCEPTS, conditioning=entries)
+        run("GuardPrompt", clip=clips("SDXL"), text="", method="safree", look_for="own words", concepts=CONCEPTS, conditioning=entries)
 
 
 def test_off_is_bit_for_bit_and_what_is_missing_is_said(guard, clips, run):

@@ -158,6 +158,13 @@ def test_momentum_counts_once_a_step_whatever_the_sampler():
                 torch.testing.assert_close(got, euler[sigma])
 
 
+def test_a_run_begins_without_the_momentum_of_the_one_before():
+    levels, numbers = (4.0, 2.0, 1.0), Sld(1000, 0.5, 0.3, 0.4)
+    found, _ = run(numbers, [(sigma, True) for sigma in levels * 2])
+    for first, second in zip(found[:3], found[3:]):
+        assert torch.equal(first, second)
+
+
 def test_without_guidance_sld_does_nothing_and_off_is_bit_for_bit():
     x, c, s = draw(12, 3, 2, 12)
     guard = SafeDenoiser(None, method="sld", own=PRESETS["max"][0])
