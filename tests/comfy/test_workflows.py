@@ -186,7 +186,8 @@ def test_what_is_broken_is_noticed(what, object_info):
 def test_the_page_lists_them_with_thumbnails(server):
     assert set(NAMES) >= {"tiny_digits", "sd15", "sdxl", "sd35", "flux", "apply_sampler_custom_advanced",
                           "compare_off_on", "xy_strength_window", "generate_negation_set", "check_and_sample_again", "check_and_branch",
-                          "tiny_unwanted", "unwanted_words", "unwanted_pictures_redux", "unwanted_pictures_unclip", "unwanted_at_cfg_1"}
+                          "tiny_unwanted", "unwanted_words", "unwanted_pictures_redux", "unwanted_pictures_unclip", "unwanted_at_cfg_1",
+                          "layers", "tiny_layers"}
     assert sorted(server.get("/workflow_templates")["comfyui-safe-denoiser"]) == NAMES
     for name in NAMES:
         data = server.request(f"/api/workflow_templates/comfyui-safe-denoiser/{name}.jpg")
@@ -286,6 +287,15 @@ def test_the_unwanted_condition_runs(draw, digits):
     assert (off == 7).any() and torch.isin(on, torch.tensor([1, 4])).all()
     assert (on == off)[off != 7].float().mean() > 0.8
     assert report.startswith("corrected 20 of 20 model calls") and "as the unwanted condition tells" in report.splitlines()[0]
+
+
+def test_layers_catch_what_the_ones_before_let_through(draw, digits):
+    """With the sampler off the check alone blocks the sevens; with it on hardly anything is left to block."""
+    pictures, report = draw("tiny_layers")
+    assert torch.isin(digits(pictures["SaveImage"]), torch.tensor([1, 4])).all() and report.startswith("16 passed, 0 refused\n")
+    stock = digits(draw("tiny_unwanted")[0]["PreviewImage"])
+    pictures, report = draw("tiny_layers", strength=0)
+    assert (stock == 7).sum() > (digits(pictures["SaveImage"]) == 7).sum() and "; again: " in report
 
 
 @pytest.mark.parametrize("name", ["tiny_digits", "tiny_unwanted"])
