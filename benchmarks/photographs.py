@@ -366,6 +366,7 @@ METHODS = {
     "SLD max and witness": layered(lambda s: [sld("max"), SafeDenoiser(None)]),
     "SLD max, witness and reference bank": layered(lambda s: [sld("max"), SafeDenoiser(None, reference=s.place.reference)]),
     "SLD medium, witness and reference bank": layered(lambda s: [sld("medium"), SafeDenoiser(None, reference=s.place.reference)]),
+    "SLD weak, witness and reference bank": layered(lambda s: [sld("weak"), SafeDenoiser(None, reference=s.place.reference)]),
 }
 
 

@@ -187,11 +187,12 @@ def layers() -> dict[str, tuple[Callable, dict]]:
 
     beside = {" alone": lambda negated: (),
               " and both banks": lambda negated: (SafeDenoiser(bank(negated), reference=reference(), weight="evidence"),),
+              " and official, strength 0.33": lambda negated: (SafeDenoiser(bank(negated), method="official", strength=0.33),),
               " and unwanted": lambda negated: (SafeDenoiser(None),),
               ", unwanted and both banks": lambda negated: (SafeDenoiser(bank(negated), reference=reference()),)}
     return {f"SLD {preset}{label}": (lambda name, negated, preset=preset, more=more: stacked(sld(preset), *more(negated)),
                                      {"conditions": heard})
-            for preset in PRESETS for label, more in beside.items() if label == " alone" or preset in ("medium", "max")}
+            for preset in PRESETS for label, more in beside.items() if label == " alone" or preset != "strong"}
 
 
 def distilled() -> dict[str, tuple[Callable, dict]]:

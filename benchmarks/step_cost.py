@@ -9,6 +9,8 @@ Times are medians of interleaved calls, and what counts are the ratios within a 
     sampler   the sampler's step on the tiny model, and on SD 1.5 at full size with random weights at 512 x 512 (needs a ComfyUI, named by
               the environment variable SAFE_DENOISER_COMFYUI), and the part of it that the patch takes.
     condition the sampler's step with an unwanted condition against a plain step with guidance: three rows in a batch instead of two.
+    guards    Guard Prompt with SD 1.5's text encoder at full size and random weights, list nudity: of a list that is new, and then of each
+              prompt, in encodings of a prompt (needs a ComfyUI); and SLD's part of a step.
     disk      100,000 latents of 4 x 64 x 64 in half precision in a file (3.3 GB): time and resident memory of a step, and of one that
               searches. "its cluster": the weight is on the items around one centre.
     search    from how many items in memory on a search pays.
@@ -28,6 +30,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -308,6 +311,35 @@ def condition_table() -> None:
         print("SD 1.5 at full size: left out, SAFE_DENOISER_COMFYUI names no ComfyUI")
 
 
+def guards_table(prompt: str = "a person reading in a cafe by the window, soft morning light, photo") -> None:
+    x, denoised, c, u, s = torch.randn(5, 1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    guard, witness = SafeDenoiser(None, method="sld"), SafeDenoiser(None)
+    calls = {label: partial(one.safe, x, denoised, 1.0, unconditional=u, conditional=c, unwanted=s)
+             for label, one in (("SLD", guard), ("witness", witness))}
+    found = medians(calls, 2.0)
+    print(f"\na correction at 4 x 64 x 64: SLD {found['SLD']:.2f} ms, witness {found['witness']:.2f} ms")
+    comfyui = os.environ.get("SAFE_DENOISER_COMFYUI")
+    if not comfyui:
+        return print("Guard Prompt: left out, SAFE_DENOISER_COMFYUI names no ComfyUI")
+    nodes = load_pack(comfyui)
+    import comfy.sd
+    import comfy.sd1_clip
+
+    clip = comfy.sd.CLIP(SimpleNamespace(params={}, clip=comfy.sd1_clip.SD1ClipModel, tokenizer=comfy.sd1_clip.SD1Tokenizer),
+                         model_options={"dtype": torch.float32})
+    for weight in clip.cond_stage_model.parameters():
+        weight.data = torch.randn(weight.shape) / weight.shape[-1] ** 0.5 if weight.ndim > 1 else torch.ones_like(weight)
+    encoding = medians({"encoding": lambda: clip.encode_from_tokens(clip.tokenize(prompt))}, 3.0)["encoding"]
+    print(f"an encoding: {encoding:.0f} ms\n\n| encodings | a new list | then a harmless prompt | one that is changed |\n|---|---|---|---|")
+    for method in ("surgery", "safree"):
+        cells = []
+        for text in (prompt, prompt, "nude"):
+            began = time.perf_counter()
+            entries, said = nodes["SafeDenoiserGuardPrompt"].execute(clip, text, method, "nudity", "", 0.01, 1.0).args
+            cells.append(f"{1e3 * (time.perf_counter() - began) / encoding:.0f} ({said.partition(':')[0]})")
+        print(f"| {method} | {' | '.join(cells)} |", flush=True)
+
+
 def sampler_table() -> None:
     print("\n| sampler's step | N + reference | without, ms | the patch, ms | overhead |\n|---|---|---|---|---|")
     tiny_rows()
@@ -436,7 +468,7 @@ def main():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, single precision")
     shapes = [(4, 64, 64), (16, 128, 128)]
     sections = {"kernel": lambda: kernel_table([15, 515, 3000, 20_000], shapes), "sampler": sampler_table,
-                "condition": condition_table, "disk": disk_table,
+                "condition": condition_table, "guards": guards_table, "disk": disk_table,
                 "step": lambda: correction_table([15, 515, 3000, 20_000], shapes[0]), "build": build_table,
                 "search": lambda: crossover_table([1000, 3000, 10_000, 20_000], shapes[0]),
                 "smaller": lambda: prototype_table([5, 10, 25, 50, 100, 200, 400])}

@@ -1,4 +1,5 @@
 """Guard Prompt: a prompt without what it must not ask for, by its embeddings (Semantic Surgery, SAFREE)."""
+import copy
 from collections import OrderedDict
 from pathlib import Path
 
@@ -18,8 +19,8 @@ LISTS = {  # what one looks for, beside the lines that the user writes
     "violence": ("violence", "blood", "gore", "a dead body", "a wound", "murder", "torture", "shooting people", "cruelty"),
     "names": ()}
 NAMED = ("{}", "a portrait of {}", "in the style of {}", "art by {}")  # what is looked for of a person's or an artist's name
-REMEMBERED = 32  # lists of concepts of which the scores of harmless prompts are kept, a few numbers per prompt
-_harmless: OrderedDict[str, torch.Tensor] = OrderedDict()
+REMEMBERED = 8  # guards that are kept: rows of some concepts, and how harmless prompts score
+_known: OrderedDict[str, "Guard"] = OrderedDict()
 
 
 def harmless() -> list[str]:
@@ -45,6 +46,26 @@ class Guard:
 
     def __init__(self, encoders: Encoders, concepts: list[str], names: bool = False):
         self.encoders, self.concepts, self.names = encoders, concepts, names
+        self.harmless: torch.Tensor | None = None  # their scores, (N, S K)
+
+    @classmethod
+    def of(cls, clip, concepts: list[str], names: bool) -> "Guard":
+        """One that may have been used before: to look at the harmless prompts costs an encoding each. What is kept holds no CLIP."""
+        key = fingerprint(cls.__name__, clip.patcher, clip.layer_idx, clip.tokenizer_options, concepts, names)
+        if key not in _known:
+            new = cls(Encoders(clip), concepts, names)
+            new.harmless = new.measured()
+            _known[key] = new.with_clip(None)
+        _known.move_to_end(key)
+        while len(_known) > REMEMBERED:
+            _known.popitem(last=False)
+        return _known[key].with_clip(clip)
+
+    def with_clip(self, clip) -> "Guard":
+        other = copy.copy(self)
+        other.encoders = copy.copy(self.encoders)
+        other.encoders.clip = clip
+        return other
 
     def short(self, text: str) -> dict:
         """Tokens of a concept."""
@@ -58,21 +79,23 @@ class Guard:
         """How much a prompt has of the concepts, in each space, (S, K)."""
         raise NotImplementedError
 
-    def alarm(self, rate: float) -> guards.Alarm:
-        """What at most `rate` of harmless prompts set off; their scores are remembered, since they cost an encoding each."""
-        clip = self.encoders.clip
-        key = fingerprint(type(self).__name__, clip.patcher, clip.layer_idx, clip.tokenizer_options, self.concepts)
-        if key not in _harmless:
-            prompts, rows, tell = harmless(), [], progress()
-            for text in prompts:
-                tokens = clip.tokenize(text)
-                rows.append(self.scores(tokens, self.encoders.encode(tokens)).flatten())
-                tell(len(rows), len(prompts))
-            _harmless[key] = torch.stack(rows)
-        _harmless.move_to_end(key)
-        while len(_harmless) > REMEMBERED:
-            _harmless.popitem(last=False)
-        return guards.Alarm.of(_harmless[key], rate)
+    def measured(self) -> torch.Tensor:
+        """The scores of the harmless prompts, (N, S K)."""
+        prompts, rows, tell = harmless(), [], progress()
+        for text in prompts:
+            tokens = self.encoders.clip.tokenize(text)
+            rows.append(self.scores(tokens, self.encoders.encode(tokens)).flatten())
+            tell(len(rows), len(prompts))
+        return torch.stack(rows)
+
+    def guard(self, entries: list, tokens: dict | None, rate: float, strength: float) -> tuple[list, str]:
+        """The conditioning without what is found, and what that was.
+
+        Args:
+            entries: CONDITIONING. tokens: of its text; None where somebody else made it.
+            rate: of false alarms. strength: how much of it is taken out.
+        """
+        raise NotImplementedError
 
 
 class Surgery(Guard):
@@ -131,8 +154,7 @@ class Surgery(Guard):
                 for name, box in found.items()}
 
     def guard(self, entries: list, tokens: dict | None, rate: float, strength: float) -> tuple[list, str]:
-        """The conditioning without what is found, and what that was."""
-        alarm, done, lines = self.alarm(rate), [], []
+        alarm, done, lines = guards.Alarm.of(self.harmless, rate), [], []
         for cond, extra in entries:
             cond, extra = cond.clone(), dict(extra)
             pooled = extra.get("pooled_output")
@@ -206,13 +228,13 @@ class Safree(Guard):
         return {where: torch.stack(rows) for where, rows in found.items() if rows}
 
     def guard(self, entries: list, tokens: dict | None, rate: float, strength: float) -> tuple[list, str]:
-        """The conditioning with SAFREE's rows for the first part of the schedule and its own after that, and what was found."""
+        """With SAFREE's rows for the first part of the schedule, and its own after that."""
         if tokens is None:
             raise ValueError("method safree leaves out each token of a text in turn, and a conditioning has none; write the text here, or "
                              "choose method surgery")
         encoded = self.encoders.encode(tokens)
         vectors = self.vectors(tokens, encoded)
-        beyond = self.alarm(rate).beyond(self.scores(tokens, encoded).flatten())
+        beyond = guards.Alarm.of(self.harmless, rate).beyond(self.scores(tokens, encoded).flatten())
         said = f"{beyond.max():+.1f} standard deviations beyond the threshold, in {[*vectors][int(beyond.argmax())]}"
         if beyond.max() <= 0:
             return entries, f"unchanged: nothing found\n{said}"
@@ -299,7 +321,7 @@ class GuardPrompt(io.ComfyNode):
         entries = clip.encode_from_tokens_scheduled(tokens) if conditioning is None else conditioning
         if strength == 0:
             return io.NodeOutput(entries, "off: strength is 0")
-        guard = METHODS[method](Encoders(clip), concepts_of(look_for, concepts), look_for == "names")
+        guard = METHODS[method].of(clip, concepts_of(look_for, concepts), look_for == "names")
         entries, found = guard.guard(entries, tokens, false_alarms, strength)
         Live().send(found)
         return io.NodeOutput(entries, found)

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dev import ROOT
+
 T5 = dict(d_model=64, d_ff=96, d_kv=16, num_heads=4, num_layers=2)
 SMALL = {"clip_l_model_config": dict(hidden_size=48, intermediate_size=96, num_attention_heads=4, num_hidden_layers=3),
          "clip_g_model_config": dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_hidden_layers=3, projection_dim=64),
@@ -45,7 +47,18 @@ def clips(comfy):
 
 
 @pytest.fixture(scope="module")
-def guard(run, clips):
+def fewer(pack):
+    """Half of the harmless prompts, which are as many as 1 % needs."""
+    from pack.nodes import guard_prompt
+
+    every, real = guard_prompt.harmless()[::2], guard_prompt.harmless
+    guard_prompt.harmless = lambda: every
+    yield
+    guard_prompt.harmless = real
+
+
+@pytest.fixture(scope="module")
+def guard(run, clips, fewer):
     def guarded(kind, text, method="surgery", **settings):
         settings = {"look_for": "own words", "concepts": CONCEPTS, **settings}
         entries, found = run("GuardPrompt", clip=clips(kind), text=text, method=method, **settings).result
@@ -101,14 +114,14 @@ def test_a_prompt_for_it_is_changed_and_harmless_ones_come_back_bit_for_bit(guar
     untouched = 0
     from pack.nodes.guard_prompt import harmless
 
-    for text in harmless()[::13]:
+    for text in harmless()[::6]:
         entries, found = guard(kind, text, method)
         untouched += found.startswith("unchanged")
         if found.startswith("unchanged"):
             (cond, extra), = entries
             wanted, more = stock(clips, kind, text)[0]
             assert torch.equal(cond, wanted) and torch.equal(extra["pooled_output"], more["pooled_output"])
-    assert untouched >= 15, "of 16"
+    assert untouched >= 17, "of 18"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -186,13 +199,14 @@ def test_the_harmless_prompts_are_encoded_once(guard, clips, monkeypatch):
     guard("SD 1.5", "a cat", concepts="a word of its own")
     first = len(calls)
     guard("SD 1.5", "a dog", concepts="a word of its own")
-    assert first > 200 > 10 > len(calls) - first
+    assert first > 100 > 4 > len(calls) - first
 
 
 def test_names_are_looked_for_in_what_is_said_of_them(pack):
-    from pack.nodes.guard_prompt import concepts_of, harmless
+    from pack.nodes.guard_prompt import concepts_of
 
     assert concepts_of("names", "Ann Example\n") == ["Ann Example", "a portrait of Ann Example", "in the style of Ann Example",
                                                      "art by Ann Example"]
     assert concepts_of("nudity", "swimwear\nnude")[-1] == "swimwear" and len(set(concepts_of("violence", ""))) >= 9
-    assert len(harmless()) == len(set(harmless())) >= 199, "1 % needs 99, and a margin"
+    lines = (ROOT / "safe_denoiser/harmless.txt").read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 207 and all(line == line.strip() and line for line in lines), "1 % needs 99, and a margin"
