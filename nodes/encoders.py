@@ -59,9 +59,14 @@ class Encoders:
 
     def encode(self, tokens: dict) -> Encoded:
         """In single precision, on the CPU."""
+        return self._all(tokens)[0]
+
+    def _all(self, tokens: dict) -> tuple[Encoded, list[torch.Tensor]]:
+        """The same, and what else an encoder makes of the text for the model (HiDream: rows of each layer)."""
         found = self.clip.encode_from_tokens(tokens, return_dict=True)
         pooled = found.get("pooled_output")
-        return found["cond"][0].float().cpu(), None if pooled is None else pooled[0].float().cpu()
+        more = [one.float().cpu() for name, one in found.items() if name != "cond" and isinstance(one, torch.Tensor) and one.ndim > 2]
+        return (found["cond"][0].float().cpu(), None if pooled is None else pooled[0].float().cpu()), more
 
     def boxes(self, tokens: dict) -> dict[str, Box]:
         """The part of each encoder, by its name, and of its pooled vector, by "name, pooled"; of tokens of this shape.
@@ -75,14 +80,15 @@ class Encoders:
         return self.known[shape]
 
     def _found(self, tokens: dict) -> dict[str, Box]:
-        cond, pooled = self.encode(tokens)
+        (cond, pooled), more = self._all(tokens)
         found = {}
         for key in self.keys:
             if len(self.keys) == 1:
-                others = torch.full_like(cond, torch.inf), None if pooled is None else torch.full_like(pooled, torch.inf)
+                *others, = (None if y is None else torch.full_like(y, torch.inf) for y in (cond, pooled))
+                else_where = [torch.full_like(y, torch.inf) for y in more]
             else:
-                others = self.encode({**tokens, key: [[(OTHER, 1.0)] * len(chunk) for chunk in tokens[key]]})
-            if others[0].shape != cond.shape:
+                others, else_where = self._all({**tokens, key: [[(OTHER, 1.0)] * len(chunk) for chunk in tokens[key]]})
+            if others[0].shape != cond.shape or any(a.shape != b.shape or _changed(a, b).any() for a, b in zip(more, else_where)):
                 raise ValueError(f"which part of the conditioning comes from the text encoder {key!r} cannot be told; Guard Prompt does "
                                  f"not know this kind of CLIP, so use Guard Model (SLD) or Apply Safe Denoiser with an unwanted condition")
             if (hits := _changed(cond, others[0])).any():

@@ -10,36 +10,20 @@ import torch
 
 from ..safe_denoiser import Bank, Report, SafeDenoiser, Step
 from ..safe_denoiser.denoiser import METHODS
-from .bank import require_pictures
 from .conditions import Witness, hookable, listen
+from .guidance import call_late, guidance, watch
 from .live import Live
 from .loading import hold, prepare_sampling
+from .noise import forward_process, refuse, std_at
 from .runs import remember, remembered, source
 
-KEY, POST_CFG = "safe_denoiser", "sampler_post_cfg_function"
+KEY = "safe_denoiser"
 MISSED = "the unwanted condition was not evaluated in some model calls: the guider, or a node beside this one, asks the model its own way"
 UNTOLD = "the sampler was started without a word to this node: a mask, if there is one, is not known, and whole pictures are compared"
 RISES = "the noise rises from step to step (unsampling): nothing is steered, so that sampling again can lead elsewhere"
 MIDWAY = "the run begins in the middle of a schedule, and its earlier part is not known here: what the prompt asks for is judged anew"
 UNGUIDED = "there is no guidance (cfg 1), and safe latent diffusion is a part of it: nothing is done"
 ROWS = "the sampler asks for parts of the batch at a time: what earlier calls told of each picture is not known"
-
-
-def forward_process(model_sampling, sigma: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(std, alpha) of x = alpha x0 + std eps, (B,) each, for any model class: asked of ComfyUI's own noise_scaling. std is what a sampler
-    calls sigma, but where a model's noise has a scale of its own.
-    """
-    one = torch.ones([len(sigma)] + [1] * (ndim - 1), device=sigma.device)
-    std = model_sampling.noise_scaling(sigma, one, torch.zeros_like(one))
-    alpha = model_sampling.noise_scaling(sigma, torch.zeros_like(one), one)
-    if _is(model_sampling, "V_PREDICTION_DDPM"):  # CogVideoX: its samplers, and its predictions, know x of variance 1 only
-        std, alpha = (value / (1 + sigma.square()).sqrt().view_as(value) for value in (std, alpha))
-    return std.flatten(), alpha.flatten()
-
-
-def _is(model_sampling, kind: str) -> bool:
-    """Whether it is of a kind of ComfyUI's, which not every release has."""
-    return any(base.__name__.startswith(kind) for base in type(model_sampling).__mro__)
 
 
 class Picture:
@@ -61,63 +45,6 @@ class Picture:
         if self.shape is None:
             return picture
         return torch.cat([picture.reshape(len(packed), 1, -1), packed[..., math.prod(self.shape):]], -1)
-
-
-def std_at(model_sampling, percent: float) -> float:
-    """Standard deviation of the noise at a fraction of the schedule, as `forward_process` measures it."""
-    sigma = torch.as_tensor(model_sampling.percent_to_sigma(percent), dtype=torch.float32)
-    return float(forward_process(model_sampling, sigma.cpu().reshape(1), 4)[0])
-
-
-def refuse(patcher, noise: torch.Tensor) -> None:
-    """Raise where there is no picture to steer: not a picture, or not a diffusion of one."""
-    require_pictures(noise, patcher.get_model_object("latent_format"))
-    if _is(patcher.get_model_object("model_sampling"), "IMG_TO_IMG"):
-        raise ValueError(f"{type(patcher.model).__name__} maps one picture to another and has no noise level at which to compare it "
-                         f"with a bank; the safe denoiser needs a diffusion model, so sample this one without it")
-
-
-def watch(model_options: dict, guider) -> tuple[dict, list, dict]:
-    """Let a post-CFG function note what guidance computed, and hold back those that the running sampler itself added.
-
-    CFG++ samplers catch `uncond_denoised` there and step from it: x' = a denoised - b uncond_denoised + c x. They equal their plain
-    namesakes where both predictions are the same, so a correction acts as under plain CFG if, and only if, it moves both; therefore
-    their functions are called after the correction, see `call_late`.
-
-    Returns:
-        model_options with the noting function instead, the functions held back, and a dict that will hold the notes.
-    """
-    functions, own = model_options.get(POST_CFG, []), guider.model_options.get(POST_CFG, [])
-    late, seen = [fn for fn in functions if fn not in own], {}
-
-    def note(args):
-        seen.update(args)
-        return args["denoised"]
-
-    return {**model_options, POST_CFG: [fn for fn in functions if fn in own] + [note]}, late, seen
-
-
-def call_late(late: list, seen: dict, denoised: torch.Tensor, safe_denoised: torch.Tensor) -> torch.Tensor:
-    """Call what `watch` held back, with both predictions moved as `denoised` was."""
-    if not late or not seen:  # not CFG++, or a guider that calls no post-CFG function
-        return safe_denoised
-    if safe_denoised is not denoised:
-        shift = safe_denoised - denoised
-        seen = seen | {key: seen[key] + shift for key in ("cond_denoised", "uncond_denoised")}
-    for fn in late:
-        safe_denoised = fn({**seen, "denoised": safe_denoised})
-    return safe_denoised
-
-
-def guidance(guider, seen: dict) -> dict[str, torch.Tensor]:
-    """The predictions that guidance was made of, as `SafeDenoiser.safe` names them, or nothing: at cfg 1 ComfyUI hands over zeros in
-    place of the negative prompt's, a nested DualCFGGuider that of its middle prompt, and a cache that skips the model nothing. A guider
-    that asks another model for it (DualModelGuider) hands it over under conditions that are not among its own.
-    """
-    uncond = seen.get("uncond")
-    if uncond is None or any(uncond is conds for name, conds in guider.conds.items() if name != "negative"):
-        return {}
-    return {"unconditional": seen["uncond_denoised"], "conditional": seen["cond_denoised"]}
 
 
 def require(banks: dict[str, Bank | None], unwanted, neutral, method: str, weight: str) -> None:

@@ -45,7 +45,7 @@ def perfect_output(kind, x0, eps, sigma, d):
 
 def test_alpha_and_std_are_those_of_the_family(family, model, pack):
     """The x that they describe is one from which the family's own formula, given the perfect output, finds x0 again."""
-    from pack.nodes.steer import forward_process
+    from pack.nodes.noise import forward_process
 
     sampling = model.model.model_sampling
     scale = getattr(sampling, "noise_scale", 1.0)  # of models whose noise is stronger than their noise level says

@@ -48,19 +48,19 @@ def clips(comfy):
 
 @pytest.fixture(scope="module")
 def fewer(pack):
-    """Half of the harmless prompts, which are as many as 1 % needs."""
-    from pack.nodes import guard_prompt
+    """Half of the harmless prompts, which are as many as 2 % needs."""
+    from pack.nodes import word_guards
 
-    every, real = guard_prompt.harmless()[::2], guard_prompt.harmless
-    guard_prompt.harmless = lambda: every
+    every, real = word_guards.harmless()[::2], word_guards.harmless
+    word_guards.harmless = lambda: every
     yield
-    guard_prompt.harmless = real
+    word_guards.harmless = real
 
 
 @pytest.fixture(scope="module")
 def guard(run, clips, fewer):
     def guarded(kind, text, method="surgery", **settings):
-        settings = {"look_for": "own words", "concepts": CONCEPTS, **settings}
+        settings = {"look_for": "own words", "concepts": CONCEPTS, "false_alarms": 0.02, **settings}
         entries, found = run("GuardPrompt", clip=clips(kind), text=text, method=method, **settings).result
         return entries, found
 
@@ -112,7 +112,7 @@ def test_a_prompt_for_it_is_changed_and_harmless_ones_come_back_bit_for_bit(guar
     assert found.startswith("changed") and not torch.equal(entries[0][0], before[0][0]), found
     assert entries[0][0].shape == before[0][0].shape and torch.isfinite(entries[0][0]).all() and entries[0][0].dtype == before[0][0].dtype
     untouched = 0
-    from pack.nodes.guard_prompt import harmless
+    from pack.nodes.word_guards import harmless
 
     for text in harmless()[::6]:
         entries, found = guard(kind, text, method)
@@ -171,13 +171,35 @@ def test_safree_is_a_schedule_of_two(guard, clips):
 
 def test_a_conditioning_of_the_same_clip_will_do_for_surgery(guard, clips, run):
     entries = stock(clips, "SDXL", "nude")
-    again, found = run("GuardPrompt", clip=clips("SDXL"), text="", look_for="own words", concepts=CONCEPTS, conditioning=entries).result
+    again, found = run("GuardPrompt", clip=clips("SDXL"), text="", look_for="own words", concepts=CONCEPTS, false_alarms=0.02,
+                       conditioning=entries).result
     assert torch.equal(again[0][0], guard("SDXL", "nude")[0][0][0]) and found.startswith("changed")
     with pytest.raises(ValueError, match="this CLIP makes 77 rows"):
         run("GuardPrompt", clip=clips("SDXL"), text="", look_for="own words", concepts=CONCEPTS,
             conditioning=[[torch.zeros(1, 80, 112), {}]])
     with pytest.raises(ValueError, match="method safree leaves out each token"):
         run("GuardPrompt", clip=clips("SDXL"), text="", method="safree", look_for="own words", concepts=CONCEPTS, conditioning=entries)
+
+
+def test_every_row_of_a_batch_is_guarded_with_or_without_a_pooled_vector(guard, clips, run):
+    (cond, extra), = stock(clips, "SD 1.5", "nude")
+    harmless = stock(clips, "SD 1.5", "a lighthouse in a storm, dramatic clouds, oil painting")[0][0]
+    settings = dict(clip=clips("SD 1.5"), text="", look_for="own words", concepts="nude", false_alarms=0.5)
+    batch = [[torch.cat([harmless, cond, cond]), {"pooled_output": extra["pooled_output"].repeat(3, 1)}]]
+    found, said = run("GuardPrompt", conditioning=batch, **settings).result
+    assert said.startswith("changed") and torch.equal(found[0][0][1], found[0][0][2]) and not torch.equal(found[0][0][1], cond[0])
+    found, said = run("GuardPrompt", conditioning=[[cond, {"strength": 0.5}]], **settings).result
+    assert said.startswith("changed") and found[0][1] == {"strength": 0.5}
+
+
+def test_what_an_encoder_writes_elsewhere_is_not_left_unguarded(run, clips, monkeypatch):
+    """HiDream's language model hands the rows of its layers over beside the conditioning."""
+    clip = clips("SDXL").clone()
+    real = clip.encode_from_tokens
+    monkeypatch.setattr(clip, "encode_from_tokens", lambda tokens, **options: {
+        **real(tokens, **options), "conditioning_llama3": torch.full((1, 2, 3, 4), float(tokens["g"][0][1][0]))})
+    with pytest.raises(ValueError, match="the text encoder 'g' cannot be told"):
+        run("GuardPrompt", clip=clip, text="a cat", concepts="nude")
 
 
 def test_off_is_bit_for_bit_and_what_is_missing_is_said(guard, clips, run):

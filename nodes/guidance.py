@@ -1,0 +1,47 @@
+"""What guidance made of a model call: noted by a post-CFG function, and the functions of CFG++ samplers called after the correction."""
+import torch
+
+POST_CFG = "sampler_post_cfg_function"
+
+
+def watch(model_options: dict, guider) -> tuple[dict, list, dict]:
+    """Let a post-CFG function note what guidance computed, and hold back those that the running sampler itself added.
+
+    CFG++ samplers catch `uncond_denoised` there and step from it: x' = a denoised - b uncond_denoised + c x. They equal their plain
+    namesakes where both predictions are the same, so a correction acts as under plain CFG if, and only if, it moves both; therefore
+    their functions are called after the correction, see `call_late`.
+
+    Returns:
+        model_options with the noting function instead, the functions held back, and a dict that will hold the notes.
+    """
+    functions, own = model_options.get(POST_CFG, []), guider.model_options.get(POST_CFG, [])
+    late, seen = [fn for fn in functions if fn not in own], {}
+
+    def note(args):
+        seen.update(args)
+        return args["denoised"]
+
+    return {**model_options, POST_CFG: [fn for fn in functions if fn in own] + [note]}, late, seen
+
+
+def call_late(late: list, seen: dict, denoised: torch.Tensor, safe_denoised: torch.Tensor) -> torch.Tensor:
+    """Call what `watch` held back, with both predictions moved as `denoised` was."""
+    if not late or not seen:  # not CFG++, or a guider that calls no post-CFG function
+        return safe_denoised
+    if safe_denoised is not denoised:
+        shift = safe_denoised - denoised
+        seen = seen | {key: seen[key] + shift for key in ("cond_denoised", "uncond_denoised")}
+    for fn in late:
+        safe_denoised = fn({**seen, "denoised": safe_denoised})
+    return safe_denoised
+
+
+def guidance(guider, seen: dict) -> dict[str, torch.Tensor]:
+    """The predictions that guidance was made of, as `SafeDenoiser.safe` names them, or nothing: at cfg 1 ComfyUI hands over zeros in
+    place of the negative prompt's, a nested DualCFGGuider that of its middle prompt, and a cache that skips the model nothing. A guider
+    that asks another model for it (DualModelGuider) hands it over under conditions that are not among its own.
+    """
+    uncond = seen.get("uncond")
+    if uncond is None or any(uncond is conds for name, conds in guider.conds.items() if name != "negative"):
+        return {}
+    return {"unconditional": seen["uncond_denoised"], "conditional": seen["cond_denoised"]}
