@@ -83,8 +83,10 @@ class Report:
         heard = heard[np.isfinite(heard)]
         if s["posterior"] < 0.01 and len(heard):
             return f"nothing was corrected: the prompt asks for nothing like the unwanted condition, t at most {heard.max():.2f}"
-        if s["posterior"] < 0.01:
+        if s["posterior"] < 0.01 and ((self.values["nearest"] >= 0) & (self.values["active"] > 0)).any():
             return "nothing was corrected: the bank never came near, r < 0.01 at every step"
+        if not s["correction"]:
+            return "nothing was corrected: what it needs was not there (guidance, an unwanted condition), or nothing was to be done"
         if s["correction"] < 1e-4:
             return (f"nothing to see: r reached {s['posterior']:.2f}, but the largest correction was {s['correction']:.1g} of the "
                     f"prediction; raise strength, or let start begin earlier")

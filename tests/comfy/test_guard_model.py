@@ -138,4 +138,7 @@ def test_two_calls_a_step_move_momentum_once(tiny, guard, prompts, sampler, monk
 def test_at_cfg_1_nothing_is_done_and_said(tiny, guard, prompts):
     patched, report = guard(tiny.model)
     torch.testing.assert_close(sample(guider(patched, prompts, 1.0)), sample(guider(tiny.model, prompts, 1.0)), rtol=1e-4, atol=1e-4)
-    assert any("cfg 1" in note for note in report.notes)
+    assert any("cfg 1" in note for note in report.notes) and report.verdict.startswith("nothing was corrected: what it needs was not")
+    patched, report = guard(tiny.model, preset="strong")
+    sample(guider(patched, prompts), steps=10)
+    assert report.verdict.startswith("corrected 8 of 10 model calls, posterior up to 0.") and not report.notes

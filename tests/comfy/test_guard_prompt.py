@@ -9,8 +9,10 @@ from dev import ROOT
 T5 = dict(d_model=64, d_ff=96, d_kv=16, num_heads=4, num_layers=2)
 SMALL = {"clip_l_model_config": dict(hidden_size=48, intermediate_size=96, num_attention_heads=4, num_hidden_layers=3),
          "clip_g_model_config": dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_hidden_layers=3, projection_dim=64),
-         "t5xxl_model_config": T5}
-KINDS = ("SD 1.5", "SDXL", "SD 3", "Flux")
+         "t5xxl_model_config": T5,
+         "qwen25_7b_model_config": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                                        num_key_value_heads=2)}
+KINDS = ("SD 1.5", "SDXL", "SD 3", "Flux")  # and Qwen-Image, a language model
 CONCEPTS = "nude\nblood"
 
 
@@ -18,12 +20,13 @@ def classes(kind):
     """Of ComfyUI: the text encoders' model and their tokenizer."""
     import comfy.sd1_clip
     import comfy.sdxl_clip
-    from comfy.text_encoders import flux, sd3_clip
+    from comfy.text_encoders import flux, qwen_image, sd3_clip
 
     return {"SD 1.5": (comfy.sd1_clip.SD1ClipModel, comfy.sd1_clip.SD1Tokenizer),
             "SDXL": (comfy.sdxl_clip.SDXLClipModel, comfy.sdxl_clip.SDXLTokenizer),
             "SD 3": (sd3_clip.SD3ClipModel, sd3_clip.SD3Tokenizer),
-            "Flux": (flux.FluxClipModel, flux.FluxTokenizer)}[kind]
+            "Flux": (flux.FluxClipModel, flux.FluxTokenizer),
+            "Qwen-Image": (qwen_image.QwenImageTEModel, qwen_image.QwenImageTokenizer)}[kind]
 
 
 def small(kind):
@@ -179,6 +182,27 @@ def test_a_conditioning_of_the_same_clip_will_do_for_surgery(guard, clips, run):
             conditioning=[[torch.zeros(1, 80, 112), {}]])
     with pytest.raises(ValueError, match="method safree leaves out each token"):
         run("GuardPrompt", clip=clips("SDXL"), text="", method="safree", look_for="own words", concepts=CONCEPTS, conditioning=entries)
+
+
+def test_a_language_model_is_guarded_by_safree_and_refused_by_surgery(guard, clips, pack):
+    """Its rows are as many as the text has tokens, those of the template before it are dropped, and each has seen what is before it only."""
+    from pack.nodes.encoders import Encoders
+
+    encoders, text = Encoders(clips("Qwen-Image")), "a photo of two cats"
+    tokens = clips("Qwen-Image").tokenize(text)
+    chunk, box = tokens["qwen25_7b"][0], encoders.boxes(tokens)["qwen25_7b"]
+    start, stop = encoders.content("qwen25_7b", chunk)
+    assert stop - start == 5 and box.rows.stop < len(chunk) and encoders.causal == {"qwen25_7b"}
+    rows = [encoders.row("qwen25_7b", tokens, box, place) for place in range(start, stop)]
+    before = encoders.encode(tokens)[0]
+    for place, row in zip(range(start, stop), rows):
+        changed = [(5, 1.0) if i == place else token for i, token in enumerate(chunk)]
+        differ = (encoders.encode({"qwen25_7b": [changed]})[0] - before).abs().amax(1) > 1e-4
+        assert differ[row] and not differ[:row].any(), "the row of this token"
+    with pytest.raises(ValueError, match="as many rows as a text has tokens; choose method safree"):
+        guard("Qwen-Image", "nude", "surgery")
+    entries, found = guard("Qwen-Image", "nude nude", "safree", concepts="nude", false_alarms=0.5)
+    assert torch.isfinite(entries[0][0]).all() and (len(entries) == 2) == found.startswith("changed"), found
 
 
 def test_every_row_of_a_batch_is_guarded_with_or_without_a_pooled_vector(guard, clips, run):
