@@ -23,9 +23,7 @@ class BySld(Rule):
         numbers: of SLD.
     """
 
-    distances = False
-    hears = True
-    gathers = True
+    distances, hears = False, True
 
     numbers: Sld
 
@@ -40,6 +38,10 @@ class BySld(Rule):
     @staticmethod
     def by_parts(settings: Settings) -> bool:
         return False
+
+    @staticmethod
+    def gathers(view: View) -> bool:
+        return (view.own or Sld()).momentum_scale > 0
 
     def correct(self, p: Prediction, memory: dict) -> Correction:
         if p.unwanted is None or p.unconditional is None or p.conditional is None:

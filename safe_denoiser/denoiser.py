@@ -140,7 +140,7 @@ class SafeDenoiser:
 
     def listens(self, sigma: Tensor) -> Tensor:
         """At which noise levels (B,) an unwanted condition is to be evaluated, (B,), bool."""
-        return sigma > self.sigma_end if METHODS[self.method].gathers else self.opens(sigma)
+        return sigma > self.sigma_end if METHODS[self.method].gathers(self.view) else self.opens(sigma)
 
     @torch.no_grad()
     def safe(self, x: Tensor, denoised: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0,

@@ -13,10 +13,9 @@ class Rule:
     Args:
         distances: it measures distances, inside a mask therefore those inside it; else it works element by element.
         hears: it knows the unwanted condition.
-        gathers: and wants to hear it before the window of the schedule opens, too.
     """
 
-    distances, hears, gathers = True, False, False
+    distances, hears = True, False
 
     @classmethod
     def of(cls, view: View) -> "Rule":
@@ -42,6 +41,11 @@ class Rule:
     @staticmethod
     def whole(view: View, p: Prediction) -> bool:
         """Whether this prediction is judged as a whole all the same."""
+        return False
+
+    @staticmethod
+    def gathers(view: View) -> bool:
+        """Whether it wants to hear the unwanted condition before the window of the schedule opens, too."""
         return False
 
     def correct(self, p: Prediction, memory: dict) -> Correction:

@@ -185,7 +185,7 @@ def test_a_conditioning_of_the_same_clip_will_do_for_surgery(guard, clips, run):
 
 
 def test_a_language_model_is_guarded_by_safree_and_refused_by_surgery(guard, clips, pack):
-    """Its rows are as many as the text has tokens, those of the template before it are dropped, and each has seen what is before it only."""
+    """Its rows are as many as the text has tokens, those of the template are dropped, and each has seen what is before it only."""
     from pack.nodes.encoders import Encoders
 
     encoders, text = Encoders(clips("Qwen-Image")), "a photo of two cats"
