@@ -35,8 +35,8 @@ def heard(pack, monkeypatch):
 
     calls, safe = [], SafeDenoiser.safe
 
-    def spy(self, x, denoised, sigma, alpha, mask=None, **guides):
-        result, step = safe(self, x, denoised, sigma, alpha, mask, **guides)
+    def spy(self, x, denoised, sigma, alpha, mask=None, begins=True, **guides):
+        result, step = safe(self, x, denoised, sigma, alpha, mask, begins=begins, **guides)
         guides = {name: y.clone() for name, y in guides.items()}
         calls.append(SimpleNamespace(x=x.clone(), sigma=sigma, denoised=denoised.clone(), mask=mask, guides=guides, result=result,
                                      step=step))
