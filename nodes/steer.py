@@ -139,10 +139,12 @@ class Run:
         self.lowest, self.highest = min(self.lowest, sigma), max(self.highest, sigma)
         return over
 
-    def begins_step(self, timestep: torch.Tensor) -> bool:
-        """Whether a call at this noise level is none of a sampler's between two levels of the schedule, as far as that is known."""
+    def begins_step(self, timestep: torch.Tensor) -> torch.Tensor | bool:
+        """Whether a call at this noise level is none of a sampler's between two levels of the schedule, as far as that is known; on the
+        device, so that nobody waits for it.
+        """
         level = timestep.max()
-        return self.sigmas is None or bool(((self.sigmas.to(level) - level).abs() <= 1e-4 * level).any())
+        return self.sigmas is None or ((self.sigmas.to(level) - level).abs() <= 1e-4 * level).any()
 
     def mask_at(self, guider, timestep: torch.Tensor, model_options: dict) -> torch.Tensor | None:
         change = model_options.get("denoise_mask_function")  # Differential Diffusion: another mask at each step
@@ -282,7 +284,9 @@ class Patch:
         if raw is not denoised:
             safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
         run.record(step)
-        return call_late(late, seen, denoised, safe_denoised)
+        safe_denoised = call_late(late, seen, denoised, safe_denoised)
+        seen.clear()  # it holds the options that hold the function that fills it: a guider in that ring would wait for the collector
+        return safe_denoised
 
 
 def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, semantic=None, unwanted=None, neutral=None,

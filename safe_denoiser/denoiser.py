@@ -145,7 +145,7 @@ class SafeDenoiser:
     @torch.no_grad()
     def safe(self, x: Tensor, denoised: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0,
              mask: Tensor | None = None, unconditional: Tensor | None = None, conditional: Tensor | None = None,
-             unwanted: Tensor | None = None, neutral: Tensor | None = None, begins: bool = True) -> tuple[Tensor, Step | None]:
+             unwanted: Tensor | None = None, neutral: Tensor | None = None, begins: Tensor | bool = True) -> tuple[Tensor, Step | None]:
         """Correct one prediction.
 
         Args:

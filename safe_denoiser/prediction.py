@@ -28,7 +28,7 @@ class Prediction:
     conditional: Tensor | None = None
     unwanted: Tensor | None = None
     neutral: Tensor | None = None
-    begins: bool = True
+    begins: Tensor | bool = True
 
     def cut(self, part: Callable[[Tensor], Tensor], rows: Tensor | slice = slice(None)) -> "Prediction":
         """The same of a part of each latent (B, D), and of some rows."""

@@ -1,4 +1,7 @@
 """What belongs to one run: samplers that sample inside their own run, runs in parts, samplers and guiders that go their own way."""
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -274,3 +277,24 @@ def test_a_rule_with_a_name_is_a_method_of_the_nodes(pack, run, tiny, prompts, m
         found[name] = sample(guider(patched, prompts)), report.summary["corrected_calls"]
     assert [calls for _, calls in found.values()] == [0, 6, 3, 6]
     assert len({tuple(latent.flatten().tolist()) for latent, _ in found.values()}) == 4, "each differs"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_leaves_nothing_to_the_garbage_collector(way, apply, prompts, tiny):
+    """ComfyUI takes a patcher that dies in a ring of references for a leak, and collects garbage at each load from then on."""
+    import comfy.model_management
+
+    patched, _ = apply(**WAYS[way], model=apply(**WAYS[way])[0])
+    made = guider(patched, prompts)
+    gc.collect()
+    gc.disable()
+    try:
+        sample(made)
+        dead = weakref.ref(made), weakref.ref(patched)
+        del made, patched
+        sample(guider(tiny.model, prompts))  # a model keeps the patcher that sampled it last
+        assert [one() for one in dead] == [None, None]
+        mine = [one for one in comfy.model_management.current_loaded_models if one.real_model() is tiny.model.model]
+        assert mine and not any(one.is_dead() for one in mine)
+    finally:
+        gc.enable()
