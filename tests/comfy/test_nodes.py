@@ -19,7 +19,7 @@ IDS = {
     "LoadOpenCLIP": "Load OpenCLIP", "CurateNegationSet": "Curate Negation Set", "SplitNegationSet": "Split Negation Set",
     "CheckImages": "Check Images", "FillBlockedImages": "Fill Blocked Images", "SemanticPosterior": "Semantic Posterior",
     "CombineNegationSets": "Combine Negation Sets", "Report": "Safe Denoiser Report", "ClassCondition": "Class Condition",
-    "DescribeNegationSet": "Describe Negation Set",
+    "DescribeNegationSet": "Describe Negation Set", "GuardPrompt": "Guard Prompt", "GuardModel": "Guard Model (SLD)",
 }
 
 
