@@ -280,7 +280,8 @@ class Patch:
         if denoiser.method == "sld" and "unconditional" not in guides:
             run.note(UNGUIDED)
         reach = witness.reach(guider, x, timestep) if heard else None
-        safe_denoised, step = run.correct(denoiser, x, raw, level, mask, guides | heard, reach, run.begins_step(timestep))
+        begins = run.begins_step(timestep) if heard else True  # only rules that hear something ask
+        safe_denoised, step = run.correct(denoiser, x, raw, level, mask, guides | heard, reach, begins)
         if raw is not denoised:
             safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)
         run.record(step)

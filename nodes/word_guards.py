@@ -128,7 +128,8 @@ class Surgery(Guard):
         """The parts of a conditioning; of one that somebody else made, as many times those of the empty text as it has rows."""
         if tokens is not None:
             return self.encoders.boxes(tokens)
-        found, rows = self.encoders.boxes(self.encoders.empty), len(self.encoders.encode(self.encoders.empty)[0])
+        found = self.encoders.boxes(self.encoders.empty)
+        rows = max(box.rows.stop for box in found.values() if box.rows)
         times, rest = divmod(len(cond), rows)
         if rest or any(box.columns.stop > cond.shape[1] for box in found.values() if box.rows):
             raise ValueError(f"conditioning is {tuple(cond.shape)} and this CLIP makes {rows} rows of an empty text; connect the CLIP that "
