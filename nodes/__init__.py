@@ -13,6 +13,7 @@ from . import (
     folders,
     guard_model,
     guard_prompt,
+    learn,
     negation_set,
     reference,
     report,
@@ -28,5 +29,5 @@ class SafeDenoiserExtension(ComfyExtension):
             logging.warning(line)
         folders.register()  # before any schema lists its files
         stations = (negation_set, bank, reference, sample, report, clip, curate, check, semantic, class_condition, describe, guard_prompt,
-                    guard_model)
+                    guard_model, learn)
         return [node for station in stations for node in station.NODES]

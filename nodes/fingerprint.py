@@ -116,16 +116,27 @@ def fingerprint_model(patcher) -> str:
     return fingerprint(patcher)
 
 
+def fingerprint_weights(patcher) -> str:
+    """Hash of the weights of a ModelPatcher by themselves, whatever patches, LoRAs and options are on them."""
+    return fingerprint(type(patcher.model).__name__, _weights(patcher))
+
+
 def _model_apart(patcher) -> list:
+    weights = _weights(patcher)
+    for name in patcher.object_patches:
+        weights = _without(weights, name)
+    more = {name: _kept(getattr(patcher, name, None)) for name in SHAPED_BY}
+    return [type(patcher.model).__name__, weights, patcher.patches, patcher.object_patches, more]
+
+
+def _weights(patcher) -> dict[str, torch.Tensor]:
+    """By name, as they are without patches, whichever of its clones is loaded now."""
     weights = _tensors(patcher.model)
     for backup in (patcher.backup, getattr(patcher, "hook_backup", {})):  # patched in place: what was there before
         weights |= {key: one.weight if hasattr(one, "weight") else one[0] for key, one in backup.items()}
     for name, original in patcher.object_patches_backup.items():  # such as model_sampling
         weights = _without(weights, name) | (_tensors(original, f"{name}.") if isinstance(original, torch.nn.Module) else {})
-    for name in patcher.object_patches:
-        weights = _without(weights, name)
-    more = {name: _kept(getattr(patcher, name, None)) for name in SHAPED_BY}
-    return [type(patcher.model).__name__, weights, patcher.patches, patcher.object_patches, more]
+    return weights
 
 
 def _kept(value):

@@ -35,6 +35,20 @@ def to_model(bank: Bank, patcher, shape, bank_size: str) -> Bank:
     return moved.resized(shape[-2:]) if bank_size == "interpolate" and moved.latents.shape[-2:] != shape[-2:] else moved
 
 
+def in_space(bank: Bank, patcher) -> torch.Tensor:
+    """The latents of a bank (N, C, *spatial) in the space of the sampler, at the bank's own size.
+
+    Raises:
+        ValueError: of another model.
+    """
+    channels = patcher.get_model_object("latent_format").latent_channels
+    moved = to_model(bank, patcher, (1, channels, *bank.latents.shape[2:]), "exact").latents[:].float()
+    if moved.shape[1] != channels:
+        raise ValueError(f"the bank's latents have {moved.shape[1]} channels and the model's have {channels}; build the bank with the VAE "
+                         f"of this model")
+    return moved
+
+
 class SafeDenoiserBank(torch.nn.Module):
     """Latents as what ComfyUI loads: a module. Its log tells the name."""
 

@@ -23,7 +23,7 @@ KEPT = 2  # what is kept in a cache, in its keys: 1 may hold NaN, and latents un
 _unwritable: set[Path] = set()  # caches of which it was said
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write through a temporary file in the same folder: a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # not mkstemp, whose files other accounts cannot read
@@ -43,7 +43,7 @@ def save_bank(bank: Bank, path: str | Path) -> None:
         tensors["weights"] = bank.weights.cpu().contiguous()
     if bank.clusters is not None:
         tensors.update({name: value.cpu().contiguous() for name, value in vars(bank.clusters).items()})
-    _write(Path(path), tensors, {"format": FORMAT, "version": str(VERSION),
+    write(Path(path), tensors, {"format": FORMAT, "version": str(VERSION),
                                  "names": json.dumps(bank.names), "metadata": json.dumps(bank.metadata)})
 
 
@@ -128,18 +128,26 @@ class LatentCache:
 
     def get(self, path: Path) -> torch.Tensor | None:
         """The stored latent, or None when there is none or it is damaged."""
+        return (self.kept(path) or {}).get("latent")
+
+    def kept(self, path: Path) -> dict[str, torch.Tensor] | None:
+        """The tensors of a file, or None when there is none or it is damaged."""
         try:
-            latent = load(path.read_bytes())["latent"]  # read, not mapped: a mapped file cannot be replaced on Windows
-        except (OSError, SafetensorError, KeyError):
+            tensors = load(path.read_bytes())  # read, not mapped: a mapped file cannot be replaced on Windows
+        except (OSError, SafetensorError):
             return None
         with suppress(OSError):  # a folder that may only be read
             os.utime(path)
-        return latent
+        return tensors
 
     def put(self, path: Path, latent: torch.Tensor) -> None:
         """Store a latent; where that cannot be done, go on without, and say so once."""
+        self.keep(path, {"latent": latent})
+
+    def keep(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """The same of tensors by name."""
         try:
-            _write(path, {"latent": latent})
+            write(path, tensors)
         except (OSError, SafetensorError) as error:  # a full disk, a folder that is gone or may not be written
             stored = os.name == "nt" and path.exists()  # there a file that another process reads cannot be replaced
             if self.folder not in _unwritable and not stored:

@@ -20,10 +20,13 @@ from .world import CLIP, FILES, LATENT, PROMPTS, REFERENCE, ROOT, SUPERCLASSES, 
 
 PARTS = ["classifier", "vae", "model", "sets", "clip", "report"]
 WORDS = "zero one two three four five six seven eight nine".split()
+GROUPS = torch.tensor([next(PROMPTS[name] for name, members in SUPERCLASSES.items() if digit in members) for digit in range(10)])
 
 
-def fit(model, loss, steps, rate, average=None):
-    """AdamW with a one-cycle schedule on `loss()`; with `average`, the exponential moving average of the weights."""
+def fit(model, loss, steps, rate, average=None, save=None):
+    """AdamW with a one-cycle schedule on `loss()`; with `average`, the exponential moving average of the weights. `save(mean)` is called
+    each 1,000 steps of a long training.
+    """
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1)
     mean, began = copy.deepcopy(model), time.time()
@@ -37,6 +40,8 @@ def fit(model, loss, steps, rate, average=None):
         if average:
             for slow, fast in zip(mean.parameters(), model.parameters()):
                 slow.data.lerp_(fast.data, 1 - min(average, (step + 1) / (step + 10)))
+        if save and step and step % 1000 == 0:
+            save(mean)
         if step % 100 == 0 or step == steps - 1:
             print(f"{type(model).__name__} step {step} loss {value.item():.4f} {time.time() - began:.0f} s", flush=True)
     return (mean if average else model).eval().requires_grad_(False)
@@ -89,13 +94,10 @@ def train_vae(pixels, steps):
     return model
 
 
-def random_prompts(labels):
-    """45 % superclass, 15 % empty, the rest the digit itself; one-hot (B, 16)."""
-    superclass = torch.zeros(10, dtype=torch.long)
-    for name, members in SUPERCLASSES.items():
-        superclass[list(members)] = PROMPTS[name]
+def random_prompts(labels, groups=GROUPS):
+    """45 % the group that a class is of, 15 % empty, the rest the class itself; one-hot (B, 16). groups: prompt of each class's group."""
     u = torch.rand(len(labels))
-    index = torch.where(u < 0.45, superclass[labels], labels)
+    index = torch.where(u < 0.45, groups[labels], labels)
     return F.one_hot(index, 16).float() * (u < 0.85)[:, None]
 
 
@@ -179,12 +181,12 @@ def train_clip(pixels, labels, steps):
     return model
 
 
-def save(model):
-    path = FILES.get(type(model), CLIP / "open_clip_model.safetensors")
+def save(model, path):
+    """Its weights in half precision, as `world.load` reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.half().contiguous() if value.is_floating_point() else value
                for key, value in model.state_dict().items()}, path)
-    print(f"wrote {path.relative_to(ROOT)}, {path.stat().st_size / 2**20:.1f} MiB")
+    print(f"wrote {path.name}, {path.stat().st_size / 2**20:.1f} MiB", flush=True)
 
 
 def save_pictures(name, pixels):
@@ -225,15 +227,15 @@ def main():
     torch.manual_seed(0)
     pixels, labels, held_out, held_out_labels = digits_data()
     if "classifier" in parts:
-        save(train_classifier(pixels, labels, options.classifier_steps))
+        save(train_classifier(pixels, labels, options.classifier_steps), FILES[Classifier])
     if "vae" in parts:
-        save(train_vae(pixels, options.vae_steps))
+        save(train_vae(pixels, options.vae_steps), FILES[TAESD])
     if "model" in parts:
         vae = load(TAESD)
         with torch.inference_mode():
             latents = torch.cat([vae.encode(part) for part in pixels.split(256)]).clone()
         print(f"latents: mean {latents.mean():.3f}, std {latents.std():.3f}")
-        save(train_model(latents, labels, options.model_steps))
+        save(train_model(latents, labels, options.model_steps), FILES[MMDiT])
     if "sets" in parts:
         save_pictures("tiny_sevens", pixels[labels == 7][:150])
         world, noise = TinyDigits(), torch.randn(100, *LATENT, generator=torch.Generator().manual_seed(100))
@@ -241,7 +243,7 @@ def main():
         save_bank(Bank(raw.half(), metadata={"space": "vae", "source": "reference samples"}), REFERENCE)
         save_pictures("tiny_ones_and_fours", torch.cat([pixels[labels == 1][:75], pixels[labels == 4][:75]]))
     if "clip" in parts:
-        save(train_clip(pixels, labels, options.clip_steps))
+        save(train_clip(pixels, labels, options.clip_steps), CLIP / "open_clip_model.safetensors")
     if "report" in parts:
         report(TinyDigits(), held_out, held_out_labels)
 

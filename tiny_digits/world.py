@@ -67,9 +67,9 @@ def digits_data():
     return pixels[train], labels[train], pixels[held_out], labels[held_out]
 
 
-def load(network):
+def load(network, files=FILES):
     model = network()
-    model.load_state_dict({key: value.float() for key, value in load_file(FILES[network]).items()})
+    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in load_file(files[network]).items()})
     return model.eval().requires_grad_(False)
 
 
@@ -79,11 +79,11 @@ def reference_bank() -> Bank:
     return replace(stored, latents=(stored.latents.float() - LATENT_SHIFT) * LATENT_SCALE, metadata={})
 
 
-class TinyDigits:
-    """The trained world on the CPU: `sample`, `encode`, `decode`, `digits`, `features`."""
+class World:
+    """A trained world on the CPU: its three networks, read from `files`, in the order model, autoencoder, judge."""
 
-    def __init__(self):
-        self.model, self.vae, self.judge = load(MMDiT), load(TAESD), load(Classifier)
+    def __init__(self, files):
+        self.model, self.vae, self.judge = (load(network, files) for network in files)
 
     def denoised(self, x, sigma, label, cfg, **conditions):
         """E[x0 | x] after classifier-free guidance, and what it is made of, by name as `SafeDenoiser.safe` takes it: `conditional` under
@@ -122,9 +122,16 @@ class TinyDigits:
         return torch.cat([self.vae.decode(part) for part in latents.split(256)])
 
     @torch.inference_mode()
-    def digits(self, pixels):
-        return self.judge(pixels).argmax(-1)
+    def features(self, pixels):
+        return torch.cat([self.judge.features(part) for part in pixels.split(256)])
+
+
+class TinyDigits(World):
+    """The trained world on the CPU: `sample`, `encode`, `decode`, `digits`, `features`."""
+
+    def __init__(self):
+        super().__init__(FILES)
 
     @torch.inference_mode()
-    def features(self, pixels):
-        return self.judge.features(pixels)
+    def digits(self, pixels):
+        return self.judge(pixels).argmax(-1)

@@ -1,0 +1,165 @@
+"""How well a condition explains pictures: by how much it helps the model itself to denoise them.
+
+    pictures --noise, the same each time--> x --model--> E_0 without it, E_n under it --errors--> gain by noise level
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8)  # fractions of the schedule; what a picture shows is decided above the last
+
+SURE = 2.0  # standard errors by which a gain differs from 0
+PARTLY, CLEARLY = 0.3, 0.7  # shares of a set that a condition helps with, from which it means a part, and all of it
+OTHERS = 0.25  # share of other pictures with which a condition helps, from which it means more than the set
+
+Condition = Sequence[Tensor]  # what the model is told, such as rows of text and a pooled vector; one row each, (1, ...)
+
+
+class Model(Protocol):
+    """A diffusion model as it is asked here."""
+
+    def noised(self, y: Tensor, noise: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
+        """x = alpha y + sigma eps (B, *shape), and sigma (B,), at fractions (B,) of the schedule, 0 the noisiest."""
+
+    def predict(self, x: Tensor, sigma: Tensor, conditions: Sequence[Condition]) -> list[Tensor]:
+        """E[x0 | x] under each of the conditions, like x each."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gain:
+    """What a condition adds to no condition, in squared errors by noise level and picture, (K, n) each.
+
+    Args:
+        zero, unwanted: |y - E_0|^2 and |y - E_n|^2. apart: |E_n - E_0|^2.
+    """
+
+    NAMES: ClassVar = ("zero", "unwanted", "apart")
+    zero: Tensor
+    unwanted: Tensor
+    apart: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        return {name: getattr(self, name) for name in self.NAMES}
+
+    @property
+    def by_level(self) -> Tensor:
+        """1 - sum |y - E_n|^2 / sum |y - E_0|^2, (K,): the share of the model's error that the condition takes away, or adds below 0."""
+        return 1 - self.unwanted.sum(1) / self.zero.sum(1)
+
+    @property
+    def mean(self) -> float:
+        """Mean over the noise levels."""
+        return float(self.by_level.mean())
+
+    @property
+    def by_picture(self) -> Tensor:
+        """The same of each picture, relative to the mean error at each level (n,)."""
+        return ((self.zero - self.unwanted) / self.zero.mean(1, keepdim=True)).mean(0)
+
+    @property
+    def error(self) -> float:
+        """Standard error of `mean` over the pictures; infinite for one."""
+        one = self.by_picture
+        return float(one.std() / len(one) ** 0.5) if len(one) > 1 else float("inf")
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """g = <y - E_0, E_n - E_0> / |E_n - E_0|^2, (K,): how strongly the condition should be taken; 1 as it is, 0 not at all."""
+        along = (self.zero + self.apart - self.unwanted) / 2
+        return along.sum(1) / self.apart.sum(1).clamp_min(1e-20)
+
+    @property
+    def share(self) -> float:
+        """Share of the pictures that the condition helps to denoise."""
+        return float((self.by_picture > 0).float().mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """Whether a condition means the pictures of a set and not all pictures.
+
+    Args:
+        set: what it adds on pictures of the set. reference: on what the model makes by itself, or on pictures to keep; None: not asked.
+    """
+
+    set: Gain
+    reference: Gain | None = None
+
+    @property
+    def kind(self) -> str:
+        """"clearly"; "broadly": others as well; "partly": a part of the set; "no"."""
+        sure = self.set.mean > SURE * self.set.error
+        others = self.reference.share if self.reference else 0.0
+        if self.set.share < PARTLY or self.reference is not None and self.everything:
+            return "no"
+        if self.set.share < CLEARLY or not sure:
+            return "partly"
+        return "broadly" if others > OTHERS else "clearly"
+
+    @property
+    def everything(self) -> bool:
+        """Whether it helps with the reference about as much as with the set: then it means pictures, not these pictures."""
+        return self.reference.mean > SURE * self.reference.error and self.reference.mean > self.set.mean / 2
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words."""
+        shares = f"it helps the model with {self.set.share:.0%} of your pictures"
+        if self.reference:
+            shares += f" and {self.reference.share:.0%} of the others"
+        return {"clearly": f"the condition explains your pictures: yes, clearly ({shares})",
+                "broadly": f"the condition explains your pictures, but means more than these ({shares})",
+                "partly": f"the condition explains your pictures a little ({shares}): it means a part of them, or they are of many kinds",
+                "no": f"the condition explains your pictures: no ({shares}); connect one that asks for what they show"}[self.kind]
+
+
+class Probe:
+    """Pictures with noise on them, the same for all conditions that are compared, and what the model makes of them without one.
+
+    Source: the model's denoising error as a classifier, arXiv:2303.16203; the gain as a measure of a condition is ours.
+
+    Args:
+        model: that is asked. latents: (n, *shape), in its space.
+        neutral: the condition that means nothing in particular.
+        fractions: noise levels. batch: rows of one model call. seed: of the noise.
+    """
+
+    def __init__(self, model: Model, latents: Tensor, neutral: Condition, fractions: Sequence[float] = LEVELS, batch: int = 16,
+                 seed: int = 0):
+        self.model, self.batch, self.shape = model, batch, (len(fractions), len(latents))
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(fractions), *latents.shape, generator=generator).flatten(0, 1).to(latents)
+        self.y = latents.repeat(len(fractions), *[1] * (latents.ndim - 1))
+        levels = torch.tensor(fractions).repeat_interleave(len(latents)).to(latents.device)
+        self.x, self.sigma = model.noised(self.y, noise, levels)
+        self.zero = self._predicted(neutral)
+
+    @torch.no_grad()
+    def _predicted(self, condition: Condition) -> Tensor:
+        parts = zip(self.x.split(self.batch), self.sigma.split(self.batch))
+        return torch.cat([self.model.predict(x, sigma, [condition])[0].detach() for x, sigma in parts])
+
+    def _squared(self, v: Tensor) -> Tensor:
+        """|v|^2 by level and picture (K, n)."""
+        return v.flatten(1).float().square().sum(1).view(self.shape)
+
+    @cached_property
+    def zero_errors(self) -> Tensor:
+        """|y - E_0|^2, (K, n)."""
+        return self._squared(self.y - self.zero)
+
+    def gain(self, condition: Condition) -> Gain:
+        """What a condition adds; one model call for each `batch` rows."""
+        found = self._predicted(condition)
+        return Gain(self.zero_errors, self._squared(self.y - found), self._squared(found - self.zero))
+
+
+def together(gains: Sequence[Gain]) -> Gain:
+    """Gains of different pictures as one."""
+    return Gain(*(torch.cat([getattr(gain, name) for gain in gains], 1) for name in Gain.NAMES))

@@ -1,0 +1,153 @@
+"""Train the tiny world of photographs: `python -m tiny_photos.train --photos FOLDER` (about two and a half hours on two cores).
+
+FOLDER holds train/<class>/*.jpg and test/<class>/*.jpg, CIFAR-10's 60,000 photographs. Writes the weights that `world.py` loads, the
+negation sets and the reference bank, all of which the model draws itself: no photograph of the data set is shipped.
+"""
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from tiny_digits.networks import LATENT_SCALE, LATENT_SHIFT, TAESD, MMDiT, ResBlock
+from tiny_digits.train import fit, flow_loss, random_prompts, save
+from tiny_digits.world import load
+
+from .data import JUDGE, MODEL, SIDE, cached, enlarged
+from .world import FILES, GROUPS, Judge
+
+PARTS = ["vae", "model", "decoder", "judge", "sets", "report"]
+
+
+def fresh_vae():
+    """An autoencoder whose blocks do nothing at first (relu(0 + x)), so that no signal fades over its 23 layers."""
+    model = TAESD()
+    for layer in model.modules():
+        if isinstance(layer, ResBlock):
+            torch.nn.init.zeros_(layer.conv[-1].weight)
+            torch.nn.init.zeros_(layer.conv[-1].bias)
+    return model.to(memory_format=torch.channels_last)
+
+
+def shallow(layers, x):
+    """What such layers make of x, without what does nothing: a tenth of the work."""
+    for layer in layers:
+        x = F.relu(x) if isinstance(layer, ResBlock) else layer(x)
+    return x
+
+
+def train_vae(pictures, steps, batch=32, crop=32):
+    """MSE + 1e-3 z^2 with latent noise 0.1; the blocks still do nothing, and the encoder's will stay so. Bytes (n, 3, 32, 32)."""
+    model = fresh_vae()
+
+    def drawn(count):
+        return enlarged(pictures[torch.randint(len(pictures), (count,))]).contiguous(memory_format=torch.channels_last)
+
+    def loss():
+        top, left = (8 * torch.randint((SIDE - crop) // 8 + 1, (2,))).tolist()
+        images = drawn(batch)[..., top:top + crop, left:left + crop].contiguous(memory_format=torch.channels_last)
+        z = shallow(model.taesd_encoder, images)
+        restored = shallow(model.taesd_decoder, z + 0.1 * torch.randn_like(z))
+        return F.mse_loss(restored, images) + 1e-3 * z.square().mean()
+
+    fit(model, loss, steps, 4e-3)
+    with torch.no_grad():  # fold mean and spread into the file, so that SD3's process_in gives unit variance
+        z = torch.cat([shallow(model.taesd_encoder, drawn(50)) for _ in range(10)])
+        model.vae_scale.fill_(LATENT_SCALE * z.std())
+        model.vae_shift.fill_(LATENT_SHIFT - z.mean() / (LATENT_SCALE * z.std()))
+    return model
+
+
+def train_decoder(model, pictures, latents, steps, batch=16, crop=4):
+    """MSE of crops decoded from these latents by all layers; the encoder stays, and with it what the model has learned."""
+    scale, shift = model.vae_scale.item(), model.vae_shift.item()
+
+    def loss():
+        rows, (top, left) = torch.randint(len(pictures), (batch,)), torch.randint(SIDE // 8 - crop + 1, (2,)).tolist()
+        z = latents[rows, :, top:top + crop, left:left + crop]
+        raw = (z / LATENT_SCALE + LATENT_SHIFT - shift) * scale
+        images = enlarged(pictures[rows])[..., 8 * top:8 * (top + crop), 8 * left:8 * (left + crop)]
+        restored = model.taesd_decoder((raw + 0.05 * torch.randn_like(raw)).contiguous(memory_format=torch.channels_last))
+        return F.mse_loss(restored, images)
+
+    model.taesd_encoder.requires_grad_(False)
+    return fit(model, loss, steps, 1e-3)
+
+
+def labels_of(pictures):
+    """The class of each of (10, n, ...) pictures, flat."""
+    return torch.arange(len(pictures)).repeat_interleave(pictures.shape[1])
+
+
+def train_judge(pictures, labels, steps, batch=128):
+    """Cross-entropy on photographs (n, 3, 32, 32), mirrored, moved by up to 4 pixels and blurred at random: the model's are soft."""
+    model = Judge().to(memory_format=torch.channels_last)
+
+    def loss():
+        rows = torch.randint(len(pictures), (batch,))
+        images = F.pad(pictures[rows].float() / 255, (4, 4, 4, 4), mode="reflect")
+        top, left = torch.randint(9, (2,)).tolist()
+        images = images[..., top:top + 32, left:left + 32]
+        images = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, images, images.flip(-1))
+        soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        images = torch.lerp(images, soft, 0.8 * torch.rand(batch, 1, 1, 1))
+        return F.cross_entropy(model(images), labels[rows], label_smoothing=0.1)
+
+    return fit(model, loss, steps, 6e-3)
+
+
+def train_model(latents, labels, steps, batch=128):
+    """Flow matching, as the digit world's; compiled where there is a compiler, a fifth faster. Its mean so far is saved on the way."""
+    model = MMDiT()
+    compiled = torch.compile(model)
+
+    def loss():
+        rows = torch.randint(len(latents), (batch,))
+        return flow_loss(compiled, latents[rows].float(), random_prompts(labels[rows], GROUPS))
+
+    return fit(model, loss, steps, 1.5e-3, average=0.999, save=lambda mean: save(mean, FILES[MMDiT]))
+
+
+def encoded(vae, pictures):
+    """Model-space latents (n, 16, 8, 8) of bytes (n, 3, 32, 32), in half precision."""
+    raw = (shallow(vae.taesd_encoder, enlarged(part).contiguous(memory_format=torch.channels_last)) for part in pictures.split(250))
+    return torch.cat([vae_to_model(vae, z).half() for z in raw]).contiguous()
+
+
+def vae_to_model(vae, z):
+    """What the encoder gives as ComfyUI's latents, and these as what SD3's model sees."""
+    return ((z / vae.vae_scale + vae.vae_shift) - LATENT_SHIFT) * LATENT_SCALE
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True, help="folder with train/<class>/ and test/<class>/")
+    parser.add_argument("--vae-steps", type=int, default=2500)
+    parser.add_argument("--model-steps", type=int, default=12_000)
+    parser.add_argument("--decoder-steps", type=int, default=1200)
+    parser.add_argument("--judge-steps", type=int, default=2000)
+    parser.add_argument("--only", choices=PARTS, action="append",
+                        help="make only this part, from the files of the others; may be repeated")
+    options = parser.parse_args()
+    parts = options.only or PARTS
+    torch.manual_seed(0)
+    photos = cached(options.photos, "train")
+    own = photos[:, :MODEL].flatten(0, 1)
+    if "vae" in parts:
+        save(train_vae(own, options.vae_steps), FILES[TAESD])
+    if {"model", "decoder"} & {*parts}:
+        vae = load(TAESD, FILES).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            latents = encoded(vae, own)
+        print(f"latents: mean {latents.float().mean():.3f}, std {latents.float().std():.3f}", flush=True)
+    if "model" in parts:
+        save(train_model(latents, labels_of(photos[:, :MODEL]), options.model_steps), FILES[MMDiT])
+    if "decoder" in parts:
+        save(train_decoder(vae.requires_grad_(True).train(), own, latents.float(), options.decoder_steps), FILES[TAESD])
+    if "judge" in parts:
+        judged = photos[:, MODEL:JUDGE]
+        save(train_judge(judged.flatten(0, 1), labels_of(judged), options.judge_steps), FILES[Judge])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The tiny world of photographs without ComfyUI: prompts, files and the judge. Networks and sampler are those of the digit world.
+
+>>> world = TinyPhotos()                                                  # doctest: +SKIP
+>>> latents = world.sample(noise, prompt("automobile or truck"))          # doctest: +SKIP
+>>> [CLASSES[i] for i in world.classes(world.decode(latents))]            # doctest: +SKIP
+['truck', 'automobile', ...]
+"""
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tiny_digits.networks import TAESD, MMDiT, conv
+from tiny_digits.world import LABELS, World
+
+from .data import CLASSES
+
+ROOT = Path(__file__).parent
+
+
+class Judge(nn.Module):
+    """Classifier of (B, 3, H, W) pixels, which it sees at 32 x 32; `features` (B, 128) is the space in which distributions are compared."""
+
+    def __init__(self, widths=(32, 64, 128)):
+        super().__init__()
+
+        def stage(i, o):
+            return nn.Sequential(conv(i, o, bias=False), nn.BatchNorm2d(o), nn.ReLU(),
+                                 conv(o, o, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
+        self.body = nn.Sequential(*(stage(i, o) for i, o in zip((3, *widths), widths)), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                                  nn.Linear(4 * widths[-1], 128), nn.ReLU())
+        self.head = nn.Linear(128, len(CLASSES))
+
+    def features(self, pixels):
+        return self.body(F.interpolate(pixels, (32, 32), mode="area") * 4 - 2)
+
+    def forward(self, pixels):
+        return self.head(self.features(pixels))
+
+
+FILES = {
+    MMDiT: ROOT / "models/diffusion_models/tiny_photos.safetensors",
+    TAESD: ROOT / "models/vae/tiny_photos_vae.safetensors",
+    Judge: ROOT / "judge/classifier.safetensors",
+}
+PAIRS = (("automobile", "truck"), ("cat", "dog"), ("deer", "horse"), ("airplane", "ship"), ("bird", "frog"))
+PROMPTS = {name: i for i, name in enumerate([*CLASSES, *map(" or ".join, PAIRS)])}
+GROUPS = torch.tensor([next(PROMPTS[" or ".join(pair)] for pair in PAIRS if name in pair) for name in CLASSES])
+LATENT = (16, 8, 8)
+
+
+def prompt(name, batch=1):
+    """One-hot prompt (batch, 16); None or "" is the empty prompt, all zeros."""
+    label = torch.zeros(batch, LABELS)
+    if name:
+        label[:, PROMPTS[name]] = 1
+    return label
+
+
+class TinyPhotos(World):
+    """The trained world on the CPU: `sample`, `encode`, `decode`, `classes`, `features`."""
+
+    def __init__(self):
+        super().__init__(FILES)
+
+    @torch.inference_mode()
+    def classes(self, pixels):
+        """Index into CLASSES (B,) of what the judge sees."""
+        return torch.cat([self.judge(part).argmax(-1) for part in pixels.split(256)])
