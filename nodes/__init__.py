@@ -18,6 +18,7 @@ from . import (
     reference,
     report,
     sample,
+    saved_condition,
     semantic,
     versions,
 )
@@ -29,5 +30,5 @@ class SafeDenoiserExtension(ComfyExtension):
             logging.warning(line)
         folders.register()  # before any schema lists its files
         stations = (negation_set, bank, reference, sample, report, clip, curate, check, semantic, class_condition, describe, guard_prompt,
-                    guard_model, learn)
+                    guard_model, learn, saved_condition)
         return [node for station in stations for node in station.NODES]

@@ -15,24 +15,26 @@ from ..safe_denoiser.clip_files import CONFIG
 from ..safe_denoiser.pictures import EXTENSIONS, printable, state_of
 
 PACKED, WEIGHTS = {".zip", ".safetensors"}, {".safetensors", ".bin", ".pt", ".pth"}
-SETS, BANKS, CLIPS = "negation_sets", "negation_banks", "open_clip"
+SETS, BANKS, CLIPS, CONDITIONS = "negation_sets", "negation_banks", "open_clip", "unwanted_conditions"
 CACHE_LIMIT = float(os.environ.get("SAFE_DENOISER_CACHE_GB", 8)) * 2**30  # bytes of each cache; beyond, the oldest files go
 MARKUP = {"<", ">"}  # in a name: some pages make HTML of the entries of a list
 _left_out: set[Path] = set()  # entries of which it was said
-TINY = Path(__file__).resolve().parent.parent / "tiny_digits" / "models"
+TINY = [Path(__file__).resolve().parent.parent / world / "models" for world in ("tiny_digits", "tiny_photos")]
 
 
 def register() -> None:
-    """Make models/negation_sets, models/negation_banks, models/open_clip and the shipped tiny world known to ComfyUI."""
-    for kind in (SETS, BANKS, CLIPS):
+    """Make models/negation_sets, models/negation_banks, ... and the shipped tiny worlds known to ComfyUI."""
+    for kind in (SETS, BANKS, CLIPS, CONDITIONS):
         folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind))
-    for kind in (SETS, BANKS, CLIPS, "diffusion_models", "vae"):
-        folder_paths.add_model_folder_path(kind, str(TINY / kind))
+    for world in TINY:
+        for folder in sorted(world.iterdir()):
+            folder_paths.add_model_folder_path(folder.name, str(folder))
 
 
 def roots(kind: str) -> list[Path]:
     """Folders searched for `kind`, first come first served."""
-    own = {SETS: folder_paths.get_input_directory(), BANKS: folder_paths.get_output_directory()}.get(kind)
+    made = folder_paths.get_output_directory()
+    own = {SETS: folder_paths.get_input_directory(), BANKS: made, CONDITIONS: made}.get(kind)
     return [*([Path(own) / kind] if own else []), *map(Path, folder_paths.get_folder_paths(kind))]
 
 
@@ -82,9 +84,14 @@ def list_sets() -> list[str]:
     return sorted(names)
 
 
-def list_banks() -> list[str]:
+def list_banks(kind: str = BANKS) -> list[str]:
     """Names of all safetensors files in the bank folders."""
-    return sorted({name for root in roots(BANKS) for _, name in _files(root, lambda path: path.suffix == ".safetensors")})
+    return sorted({name for root in roots(kind) for _, name in _files(root, lambda path: path.suffix == ".safetensors")})
+
+
+def list_conditions() -> list[str]:
+    """The same of the folders of conditions."""
+    return list_banks(CONDITIONS)
 
 
 def list_clips() -> list[str]:

@@ -16,7 +16,7 @@ from . import folders
 from .fingerprint import fingerprint, fingerprint_model
 from .live import Live
 from .loading import in_space
-from .model_calls import ask, differentiable, retold, told
+from .model_calls import TOLD_OF, ask, differentiable, retold, told
 from .negation_set import to_image
 from .types import CATEGORY, PREVIEWS, NegationBankType, found_by
 
@@ -156,9 +156,7 @@ class LearnUnwantedCondition(io.ComfyNode):
                              f"common that the model can draw, more of them, or connect a prompt that says what they show to start")
         Live().send(text)
         picture = to_image(plot(check, learned.curve))
-        told_of = {"safe_denoiser": text}  # for whoever saves or samples with it
-        unwanted = retold(start or neutral, learned.condition)
-        unwanted = [[rows, {**options, **told_of}] for rows, options in unwanted]
+        unwanted = [[rows, {**options, TOLD_OF: text}] for rows, options in retold(start or neutral, learned.condition)]
         return io.NodeOutput(unwanted, text, picture, ui={**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)})
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .noise import refuse
 
+TOLD_OF = "safe_denoiser"  # what is said of a CONDITIONING, for whoever saves or samples with it
 LEARNABLE = "pooled_output"  # beside the text itself; and all that text encoders call "conditioning_..."
 
 

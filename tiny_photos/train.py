@@ -123,7 +123,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="folder with train/<class>/ and test/<class>/")
     parser.add_argument("--vae-steps", type=int, default=2500)
-    parser.add_argument("--model-steps", type=int, default=12_000)
+    parser.add_argument("--model-steps", type=int, default=20_000)
     parser.add_argument("--decoder-steps", type=int, default=1200)
     parser.add_argument("--judge-steps", type=int, default=2000)
     parser.add_argument("--only", choices=PARTS, action="append",
@@ -138,12 +138,12 @@ def main():
     if {"model", "decoder"} & {*parts}:
         vae = load(TAESD, FILES).to(memory_format=torch.channels_last)
         with torch.no_grad():
-            latents = encoded(vae, own)
+            latents = torch.cat([encoded(vae, own), encoded(vae, own.flip(-1))])  # and mirrored
         print(f"latents: mean {latents.float().mean():.3f}, std {latents.float().std():.3f}", flush=True)
     if "model" in parts:
-        save(train_model(latents, labels_of(photos[:, :MODEL]), options.model_steps), FILES[MMDiT])
+        save(train_model(latents, labels_of(photos[:, :MODEL]).repeat(2), options.model_steps), FILES[MMDiT])
     if "decoder" in parts:
-        save(train_decoder(vae.requires_grad_(True).train(), own, latents.float(), options.decoder_steps), FILES[TAESD])
+        save(train_decoder(vae.requires_grad_(True).train(), own, latents[:len(own)].float(), options.decoder_steps), FILES[TAESD])
     if "judge" in parts:
         judged = photos[:, MODEL:JUDGE]
         save(train_judge(judged.flatten(0, 1), labels_of(judged), options.judge_steps), FILES[Judge])
