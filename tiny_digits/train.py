@@ -18,6 +18,7 @@ from safe_denoiser import Bank, save_bank
 from .networks import LATENT_SCALE, LATENT_SHIFT, TAESD, Classifier, MMDiT, ResBlock
 from .world import CLIP, FILES, LATENT, PROMPTS, REFERENCE, ROOT, SUPERCLASSES, TinyDigits, digits_data, load, prompt
 
+SETS = ROOT / "models/negation_sets"
 PARTS = ["classifier", "vae", "model", "sets", "clip", "report"]
 WORDS = "zero one two three four five six seven eight nine".split()
 GROUPS = torch.tensor([next(PROMPTS[name] for name, members in SUPERCLASSES.items() if digit in members) for digit in range(10)])
@@ -189,11 +190,17 @@ def save(model, path):
     print(f"wrote {path.name}, {path.stat().st_size / 2**20:.1f} MiB", flush=True)
 
 
-def save_pictures(name, pixels):
-    folder = ROOT / "models/negation_sets" / name
+def save_pictures(folder, pixels):
+    """Pictures (B, 1 or 3, H, W) as PNGs that bear the name of their folder and a number."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate((pixels[:, 0] * 255).round().byte().numpy()):
+    name = folder.name
+    for i, picture in enumerate((pixels.movedim(1, -1) * 255).round().byte().squeeze(-1).numpy()):
         Image.fromarray(picture).save(folder / f"{name}_{i:03d}.png", optimize=True)
+
+
+def save_reference(latents, path):
+    """The model's own samples as a bank of raw latents of the VAE."""
+    save_bank(Bank((latents / LATENT_SCALE + LATENT_SHIFT).half(), metadata={"space": "vae", "source": "reference samples"}), path)
 
 
 def report(world, held_out, labels):
@@ -237,11 +244,10 @@ def main():
         print(f"latents: mean {latents.mean():.3f}, std {latents.std():.3f}")
         save(train_model(latents, labels, options.model_steps), FILES[MMDiT])
     if "sets" in parts:
-        save_pictures("tiny_sevens", pixels[labels == 7][:150])
+        save_pictures(SETS / "tiny_sevens", pixels[labels == 7][:150, :1])
         world, noise = TinyDigits(), torch.randn(100, *LATENT, generator=torch.Generator().manual_seed(100))
-        raw = world.sample(noise, prompt(None), cfg=1) / LATENT_SCALE + LATENT_SHIFT
-        save_bank(Bank(raw.half(), metadata={"space": "vae", "source": "reference samples"}), REFERENCE)
-        save_pictures("tiny_ones_and_fours", torch.cat([pixels[labels == 1][:75], pixels[labels == 4][:75]]))
+        save_reference(world.sample(noise, prompt(None), cfg=1), REFERENCE)
+        save_pictures(SETS / "tiny_ones_and_fours", torch.cat([pixels[labels == 1][:75, :1], pixels[labels == 4][:75, :1]]))
     if "clip" in parts:
         save(train_clip(pixels, labels, options.clip_steps), CLIP / "open_clip_model.safetensors")
     if "report" in parts:

@@ -73,17 +73,29 @@ def load(network, files=FILES):
     return model.eval().requires_grad_(False)
 
 
-def reference_bank() -> Bank:
+def reference_bank(path=REFERENCE) -> Bank:
     """The shipped reference bank, which holds raw latents of the VAE, in model space."""
-    stored = load_bank(REFERENCE)
+    stored = load_bank(path)
     return replace(stored, latents=(stored.latents.float() - LATENT_SHIFT) * LATENT_SCALE, metadata={})
 
 
 class World:
-    """A trained world on the CPU: its three networks, read from `files`, in the order model, autoencoder, judge."""
+    """A trained world on the CPU: its three networks, read from `files`, in the order model, autoencoder, judge. It is a `gain.Model`,
+    whose conditions have one part, the label (1, 16).
+    """
 
     def __init__(self, files):
         self.model, self.vae, self.judge = (load(network, files) for network in files)
+
+    def noised(self, y, noise, fraction):
+        sigma = shifted(1 - fraction)
+        s = sigma.view(-1, 1, 1, 1)
+        return (1 - s) * y + s * noise, sigma
+
+    def predict(self, x, sigma, conditions):
+        labels = torch.cat([label.expand(len(x), -1) for label, in conditions])
+        flow = self.model(x.repeat(len(conditions), 1, 1, 1), sigma.repeat(len(conditions)), labels)
+        return [x - sigma.view(-1, 1, 1, 1) * v for v in flow.chunk(len(conditions))]
 
     def denoised(self, x, sigma, label, cfg, **conditions):
         """E[x0 | x] after classifier-free guidance, and what it is made of, by name as `SafeDenoiser.safe` takes it: `conditional` under

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from tiny_digits.networks import LATENT_SCALE, LATENT_SHIFT, TAESD, MMDiT, ResBlock
-from tiny_digits.train import fit, flow_loss, random_prompts, save
-from tiny_digits.world import load
+from tiny_digits.train import fit, flow_loss, random_prompts, save, save_pictures, save_reference
+from tiny_digits.world import World, load
 
-from .data import JUDGE, MODEL, SIDE, cached, enlarged
-from .world import FILES, GROUPS, Judge
+from .data import CLASSES, JUDGE, MODEL, SIDE, TESTED, UNSEEN, cached, enlarged
+from .world import FILES, GROUPS, LATENT, PAIRS, PROMPTS, REFERENCE, ROOT, Judge, TinyPhotos, prompt
 
 PARTS = ["vae", "model", "decoder", "judge", "sets", "report"]
 
@@ -119,6 +119,37 @@ def vae_to_model(vae, z):
     return ((z / vae.vae_scale + vae.vae_shift) - LATENT_SHIFT) * LATENT_SCALE
 
 
+def draw_sets():
+    """What the model makes without a prompt, and 60 trucks as it draws them, as a negation set: nobody's photographs."""
+    world = World({key: path for key, path in FILES.items()})
+    generator = torch.Generator().manual_seed(100)
+    save_reference(world.sample(torch.randn(150, *LATENT, generator=generator), prompt(None), cfg=1), REFERENCE)
+    trucks = world.decode(world.sample(torch.randn(90, *LATENT, generator=generator), prompt("truck")))
+    right = world.judge(trucks).argmax(1) == PROMPTS["truck"]
+    save_pictures(ROOT / "models/negation_sets/tiny_trucks", trucks[right][:60])
+
+
+@torch.inference_mode()
+def report(world, tested):
+    """The figures that tiny_photos/README.md quotes. tested: bytes (10, n, 3, 32, 32) that nothing has seen."""
+    pictures, labels = enlarged(tested.flatten(0, 1)), labels_of(tested)
+    restored = world.decode(world.encode(pictures))
+    for name, one in (("photographs", pictures), ("photographs through the autoencoder", restored)):
+        print(f"judge on unseen {name}: {(world.classes(one) == labels).float().mean():.1%}")
+    print(f"autoencoder on unseen photographs: mse {F.mse_loss(restored, pictures):.4f}")
+    noise = torch.randn(200, *LATENT, generator=torch.Generator().manual_seed(1))
+    for cfg in (1, 2, 4):
+        found = {name: (world.classes(world.decode(world.sample(noise, prompt(name), cfg))) == i).float().mean()
+                 for i, name in enumerate(CLASSES)}
+        print(f"class prompts recognised at cfg {cfg}: {sum(found.values()) / len(found):.1%}",
+              {name: f"{share:.0%}" for name, share in found.items()})
+    for pair in PAIRS:
+        seen = world.classes(world.decode(world.sample(noise, prompt(" or ".join(pair)))))
+        print(" or ".join(pair), {name: f"{(seen == PROMPTS[name]).float().mean():.0%}" for name in pair})
+    seen = world.classes(world.decode(world.sample(noise, prompt(None), 1)))
+    print("no prompt:", dict(zip(CLASSES, seen.bincount(minlength=10).tolist())))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="folder with train/<class>/ and test/<class>/")
@@ -147,6 +178,10 @@ def main():
     if "judge" in parts:
         judged = photos[:, MODEL:JUDGE]
         save(train_judge(judged.flatten(0, 1), labels_of(judged), options.judge_steps), FILES[Judge])
+    if "sets" in parts:
+        draw_sets()
+    if "report" in parts:
+        report(TinyPhotos(), cached(options.photos, "test")[:, UNSEEN:TESTED])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tiny_digits.networks import TAESD, MMDiT, conv
-from tiny_digits.world import LABELS, World
+from tiny_digits.world import LABELS, World, reference_bank
 
 from .data import CLASSES
 
@@ -47,6 +47,7 @@ FILES = {
 PAIRS = (("automobile", "truck"), ("cat", "dog"), ("deer", "horse"), ("airplane", "ship"), ("bird", "frog"))
 PROMPTS = {name: i for i, name in enumerate([*CLASSES, *map(" or ".join, PAIRS)])}
 GROUPS = torch.tensor([next(PROMPTS[" or ".join(pair)] for pair in PAIRS if name in pair) for name in CLASSES])
+REFERENCE = ROOT / "models/negation_banks/tiny_photos_reference.safetensors"
 LATENT = (16, 8, 8)
 
 
@@ -63,6 +64,7 @@ class TinyPhotos(World):
 
     def __init__(self):
         super().__init__(FILES)
+        self.reference = reference_bank(REFERENCE)
 
     @torch.inference_mode()
     def classes(self, pixels):
