@@ -8,6 +8,7 @@ import comfy.utils
 from comfy_execution.utils import get_executing_context
 
 from ..safe_denoiser import Report
+from ..safe_denoiser.gain import VERDICT
 from ..safe_denoiser.report import live
 
 SECONDS, BAR = 0.5, 0.05  # between two messages, of which each reads numbers from the device; and between two moves of a bar
@@ -47,4 +48,5 @@ class Live:
 
     def end(self, report: Report) -> None:
         """Leave the verdict on the node, in lines as short as its text is wide."""
-        self.send(report.verdict.replace(", ", "\n", 2) if report.steps else "off: strength is 0")
+        verified = "".join(f"\n{note}" for note in report.notes if note.startswith(VERDICT))
+        self.send(report.verdict.replace(", ", "\n", 2) + verified if report.steps else "off: strength is 0")

@@ -46,12 +46,11 @@ class Asked:
 
     Args:
         guider: whose run it is. model_options: of the run.
-        neutral: CONDITIONING, whose tensors are replaced by what is asked.
+        converted: makes of what is asked, a condition, what a guider makes of its CONDITIONING before it prepares it for a latent.
     """
 
-    def __init__(self, guider, model_options: dict, neutral: list, device: torch.device):
-        self.guider, self.model, self.options = guider, guider.inner_model, model_options
-        self.neutral, self.device, self.calls = neutral, device, 0
+    def __init__(self, guider, model_options: dict, converted: Callable[[object], list[dict]], device: torch.device):
+        self.model, self.options, self.converted, self.device = guider.inner_model, model_options, converted, device
 
     def noised(self, y, noise, fraction):
         sampling = self.model.model_sampling
@@ -60,23 +59,20 @@ class Asked:
         return sampling.noise_scaling(sigma.view(-1, *[1] * (y.ndim - 1)), noise, y), sigma
 
     def predict(self, x, sigma, conditions):
-        self.calls += 1
-        prepared = [self._prepared(retold(self.neutral, parts), x) for parts in conditions]
-        return comfy.samplers.calc_cond_batch(self.model, prepared, x, sigma, self.options)
-
-    def _prepared(self, conditioning: list, x: torch.Tensor) -> list[dict]:
-        conds = {"positive": comfy.sampler_helpers.convert_cond(conditioning)}
-        return comfy.samplers.process_conds(self.model, x, conds, self.device, torch.zeros_like(x), None, 0)["positive"]
+        conds = {str(i): [*map(dict, self.converted(one))] for i, one in enumerate(conditions)}
+        conds = comfy.samplers.process_conds(self.model, x, conds, self.device, torch.zeros_like(x), None, 0)
+        return comfy.samplers.calc_cond_batch(self.model, [*conds.values()], x, sigma, self.options)
 
 
 class Work(comfy.samplers.Sampler):
     """A sampler that samples nothing: it asks the model, and keeps the answer."""
 
     def __init__(self, work: Callable[[Asked], object], neutral: list):
-        self.work, self.neutral, self.answer = work, neutral, None
+        self.work, self.answer = work, None
+        self.converted = lambda parts: comfy.sampler_helpers.convert_cond(retold(neutral, parts))
 
     def sample(self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
-        self.answer = self.work(Asked(guider, extra_args["model_options"], self.neutral, noise.device))
+        self.answer = self.work(Asked(guider, extra_args["model_options"], self.converted, noise.device))
         return noise
 
 

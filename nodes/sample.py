@@ -32,6 +32,12 @@ def condition_inputs() -> list[io.Input]:
     ]
 
 
+def check_input() -> io.Input:
+    return io.Boolean.Input("check", default=True, optional=True,
+                            tooltip="With unwanted and a negation bank: see after runs, in at most 5 % of their time, whether the condition "
+                                    "means the pictures of the bank, and say so on the node and in the report.")
+
+
 def guidance_inputs() -> list[io.Input]:
     return [
         io.Combo.Input("method", options=list(METHODS), default=SafeDenoiser.method,
@@ -91,7 +97,7 @@ class ApplySafeDenoiser(io.ComfyNode):
                              tooltip="1: pictures are compared as a whole. 2 or more: by windows of 1/2 or less of each side, for what is "
                                      "only a part of the picture; where it is in each picture of the bank is found by itself. Needs "
                                      "reference_bank or retain_bank. 0: automatic, 2 where windows tell the banks apart better, else 1."),
-                *condition_inputs(),
+                *condition_inputs(), check_input(),
             ],
             outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider."),
                      ReportType.Output(display_name="report", tooltip=OUTPUT_REPORT)],
@@ -100,12 +106,12 @@ class ApplySafeDenoiser(io.ComfyNode):
     @classmethod
     def execute(cls, model, method, strength, start, end, bank_size, weight, prior, evidence, bandwidth, temperature, radius, threshold,
                 negation_bank=None, retain_bank=None, reference_bank=None, semantic=None, parts=0, unwanted=None,
-                neutral=None) -> io.NodeOutput:
+                neutral=None, check=True) -> io.NodeOutput:
         banks = dict(bank=negation_bank, retain=retain_bank, reference=reference_bank)
         numbers = dict(prior=prior, bandwidth=bandwidth, temperature=temperature, radius=radius, parts=parts)
         automatic = {name: value or None for name, value in numbers.items()} | {"evidence": None if evidence < 0 else evidence}
-        return io.NodeOutput(*patch(model, banks, start, end, bank_size, semantic, unwanted, neutral, method=method, strength=strength,
-                                    weight=weight, threshold=threshold, **automatic))
+        return io.NodeOutput(*patch(model, banks, start, end, bank_size, semantic, unwanted, neutral, check, method=method,
+                                    strength=strength, weight=weight, threshold=threshold, **automatic))
 
 
 class SafeKSampler(io.ComfyNode):
@@ -131,7 +137,7 @@ class SafeKSampler(io.ComfyNode):
                 io.Latent.Input("latent_image", tooltip="The latent to denoise."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
                                tooltip="Amount of denoising: below 1 keeps some of the input latent. 0: returns it as it is."),
-                *bank_inputs(), *guidance_inputs(), *condition_inputs(),
+                *bank_inputs(), *guidance_inputs(), *condition_inputs(), check_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent."), ReportType.Output(display_name="report", tooltip=OUTPUT_REPORT)],
         )
@@ -139,9 +145,9 @@ class SafeKSampler(io.ComfyNode):
     @classmethod
     def execute(cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, method, strength,
                 start, end, bank_size, negation_bank=None, retain_bank=None, reference_bank=None, unwanted=None,
-                neutral=None) -> io.NodeOutput:
+                neutral=None, check=True) -> io.NodeOutput:
         banks = dict(bank=negation_bank, retain=retain_bank, reference=reference_bank)
-        patched, report = patch(model, banks, start, end, bank_size, None, unwanted, neutral, method=method, strength=strength)
+        patched, report = patch(model, banks, start, end, bank_size, None, unwanted, neutral, check, method=method, strength=strength)
         latent = comfy_nodes.common_ksampler(patched, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
                                              denoise=denoise)[0]
         return io.NodeOutput(latent, report)

@@ -1,6 +1,7 @@
 """The only place where the core meets the sampling loop: a model is patched, and each run of a guider on it is steered."""
 import json
 import math
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from weakref import WeakKeyDictionary
@@ -10,6 +11,7 @@ import torch
 
 from ..safe_denoiser import Bank, Report, SafeDenoiser, Step
 from ..safe_denoiser.denoiser import METHODS
+from .condition_check import ConditionCheck
 from .conditions import Witness, hookable, listen
 from .guidance import call_late, guidance, watch
 from .live import Live
@@ -110,7 +112,7 @@ class Run:
         self.origin = origin and torch.tensor(json.loads(origin), device=noise.device)  # each prototype stands for
 
     def note(self, text: str) -> None:
-        if text not in self.report.notes:
+        if text and text not in self.report.notes:
             self.report.notes.append(text)
 
     def _denoiser(self, guider, held: dict) -> SafeDenoiser:
@@ -182,13 +184,15 @@ class Patch:
         bank_size: "exact" refuses a bank of another size, "interpolate" resizes it.
         connected: `unwanted` and `neutral`, where they are: CONDITIONING that means what must not come out, and one that means nothing in
             particular.
+        check: after each run a little time goes into whether `unwanted` means the pictures of the bank, see `ConditionCheck`.
     """
 
-    def __init__(self, denoiser: SafeDenoiser, start: float, end: float, bank_size: str, connected: dict):
+    def __init__(self, denoiser: SafeDenoiser, start: float, end: float, bank_size: str, connected: dict, check: bool = True):
         self.denoiser, self.start, self.end, self.bank_size, self.connected = denoiser, start, end, bank_size, connected
         self.banks = {name: bank for name in ("bank", "retain", "reference") if (bank := getattr(denoiser, name)) is not None}
         self.on = denoiser.strength != 0
         self.given = connected if self.on and METHODS[denoiser.method].hears else {}
+        self.check = ConditionCheck(self.given, self.banks) if check and "bank" in self.banks and "unwanted" in self.given else None
         self.report, self.runs = Report([], [], source()), WeakKeyDictionary()  # by guider: one never runs twice at a time
 
     def patched(self, model):
@@ -243,7 +247,11 @@ class Patch:
         with self.run_of(guider, picture.of(noise)) as run:
             run.begin(guider, noise, sigmas, denoise_mask)
             run.witness.begin(guider, noise, latent_image, denoise_mask, extra_args.get("seed"))
-            return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
+            began = time.monotonic()
+            samples = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
+            if self.check and run.report is self.report and run.report.steps and picture.shape is None:
+                run.note(self.check.after(time.monotonic() - began, guider, extra_args.get("model_options", {}), run.held, noise.device))
+            return samples
 
     def now(self, guider, x: torch.Tensor, timestep: torch.Tensor) -> Run:
         """The run that a call belongs to; one that nobody told of begins with its first call."""
@@ -291,10 +299,10 @@ class Patch:
 
 
 def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, semantic=None, unwanted=None, neutral=None,
-          **settings):
+          check: bool = True, **settings):
     """A clone of `model` that samples away from the bank and the unwanted condition, and the Report of its latest run; see `Patch`."""
     require(banks, unwanted, neutral, settings["method"], settings.get("weight", SafeDenoiser.weight))
     denoiser = SafeDenoiser(**banks, **settings, semantic=semantic)  # says at once what is wrong with them
     connected = {name: one for name, one in (("unwanted", unwanted), ("neutral", neutral)) if one is not None}
-    made = Patch(denoiser, start, end, bank_size, connected)
+    made = Patch(denoiser, start, end, bank_size, connected, check)
     return made.patched(model), made.report

@@ -12,6 +12,7 @@ from torch import Tensor
 
 LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8)  # fractions of the schedule; what a picture shows is decided above the last
 
+VERDICT = "the condition explains your pictures"  # so begins every sentence of a check
 SURE = 2.0  # standard errors by which a gain differs from 0
 PARTLY, CLEARLY = 0.3, 0.7  # shares of a set that a condition helps with, from which it means a part, and all of it
 OTHERS = 0.25  # share of other pictures with which a condition helps, from which it means more than the set
@@ -113,10 +114,10 @@ class Check:
         shares = f"it helps the model with {self.set.share:.0%} of your pictures"
         if self.reference:
             shares += f" and {self.reference.share:.0%} of the others"
-        return {"clearly": f"the condition explains your pictures: yes, clearly ({shares})",
-                "broadly": f"the condition explains your pictures, but means more than these ({shares})",
-                "partly": f"the condition explains your pictures a little ({shares}): it means a part of them, or they are of many kinds",
-                "no": f"the condition explains your pictures: no ({shares}); connect one that asks for what they show"}[self.kind]
+        return f"{VERDICT}: " + {
+            "clearly": f"yes, clearly ({shares})", "broadly": f"yes, but it means more than these ({shares})",
+            "partly": f"a little ({shares}); it means a part of them, or they are of many kinds",
+            "no": f"no ({shares}); connect one that asks for what they show"}[self.kind]
 
 
 class Probe:
