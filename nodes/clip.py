@@ -108,8 +108,9 @@ def embed(clip, negation_set: NegationSet) -> torch.Tensor:
     return clip.pictures(negation_set, progress())
 
 
-def clip_inputs(what: str) -> list[io.Input]:
-    return [ClipType.Input("clip", tooltip="From Load OpenCLIP."), NegationSetType.Input("negation_set", tooltip=what)]
+def clip_inputs(what: str, **options) -> list[io.Input]:
+    return [ClipType.Input("clip", tooltip="From Load OpenCLIP.", **options),
+            NegationSetType.Input("negation_set", tooltip=what, **options)]
 
 
 NODES = [LoadOpenCLIP]

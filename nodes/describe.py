@@ -3,12 +3,15 @@ import torch
 from comfy_api.latest import io
 
 from ..safe_denoiser import NegationSet
-from ..safe_denoiser.describe import describe
+from ..safe_denoiser.describe import describe, different
+from ..safe_denoiser.describe_by_model import MOST, describe_by_model, rows_needed
 from .clip import clip_inputs, embed
 from .curate import SCORED, sheet
-from .live import Live
+from .live import Live, progress
+from .loading import in_space
+from .model_calls import ask, told
 from .negation_set import preview_input
-from .types import CATEGORY, PREVIEWS, NegationSetType, found_by
+from .types import CATEGORY, PREVIEWS, NegationBankType, NegationSetType, found_by
 
 PHRASES = """nudity
 a nude person
@@ -65,6 +68,38 @@ an object on a plain background
 a pattern"""
 
 
+BATCH = 8  # noised pictures in one call of the model
+
+
+def by_model(model, text_encoder, negation_bank, reference_bank, phrases: str, count: int) -> io.NodeOutput:
+    """The description that the model itself gives.
+
+    Raises:
+        ValueError: what it needs is not connected.
+    """
+    needs = {"text_encoder": text_encoder, "negation_bank": negation_bank, "reference_bank": reference_bank}
+    if missing := [name for name, one in needs.items() if one is None]:
+        raise ValueError(f"model is connected, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not; the model compares "
+                         f"what it makes of the bank and of the reference under each phrase, so connect all of them")
+    unique, live, bar = different(phrases), Live(), progress()
+    latents, others = (in_space(bank.sample(MOST), model) for bank in (negation_bank, reference_bank))
+    rows = rows_needed(len(unique), len(latents), len(others))
+    live.send(f"{len(unique)} phrases: about {-(-rows // BATCH)} calls of the model, {BATCH} pictures each")
+
+    def encode(text: str) -> list:
+        return text_encoder.encode_from_tokens_scheduled(text_encoder.tokenize(text))
+
+    neutral, conditions = encode(""), {phrase: encode(phrase) for phrase in unique}  # before the model is loaded
+
+    def work(asked):
+        y, z = (one.to(asked.device) for one in (latents, others))
+        return describe_by_model(asked, y, z, unique, lambda phrase: told(conditions[phrase]), told(neutral), count, BATCH, tell=bar)
+
+    found = ask(model, latents.shape[1:], neutral, work)
+    live.send(found.table)
+    return io.NodeOutput(found.text, found.table, ui={"text": (found.table,)})
+
+
 class DescribeNegationSet(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -74,7 +109,7 @@ class DescribeNegationSet(io.ComfyNode):
             description="Says in a few phrases what a folder of pictures shows that others do not: the text of an unwanted condition, "
                         "without writing one.",
             inputs=[
-                *clip_inputs("The pictures to describe."),
+                *clip_inputs("The pictures to describe. Optional with a model.", optional=True),
                 io.String.Input("phrases", default=PHRASES, multiline=True,
                                 tooltip="What the pictures may show, one phrase per line, and what other pictures show: all lines are held "
                                         "against each other. Only these are found, so add what you expect."),
@@ -85,6 +120,14 @@ class DescribeNegationSet(io.ComfyNode):
                 io.Image.Input("images", optional=True,
                                tooltip="More such pictures. Best is what the model makes by itself: VAE Decode of samples under the empty "
                                        "prompt. Without retain_set and images, phrases that fit any picture may get in. Optional."),
+                io.Model.Input("model", optional=True,
+                               tooltip="Instead of clip: the model that will be sampled says itself which phrases help it to draw these "
+                                       "pictures. Needs text_encoder, negation_bank and reference_bank. Optional."),
+                io.Clip.Input("text_encoder", optional=True, tooltip="The text encoder of the model, its CLIP. Only with model. Optional."),
+                NegationBankType.Input("negation_bank", optional=True,
+                                       tooltip="The pictures to describe, from Build Negation Bank. Only with model. Optional."),
+                NegationBankType.Input("reference_bank", optional=True,
+                                       tooltip="What the model makes by itself, or a bank of pictures to keep. Only with model. Optional."),
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="The chosen phrases, for CLIP Text Encode. Empty where no phrase tells the "
@@ -95,7 +138,13 @@ class DescribeNegationSet(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, negation_set, phrases, count, preview, retain_set=None, images=None) -> io.NodeOutput:
+    def execute(cls, phrases, count, preview, clip=None, negation_set=None, retain_set=None, images=None, model=None, text_encoder=None,
+                negation_bank=None, reference_bank=None) -> io.NodeOutput:
+        if model is not None:
+            return by_model(model, text_encoder, negation_bank, reference_bank, phrases, count)
+        if clip is None or negation_set is None:
+            raise ValueError("nothing can say what the pictures show; connect clip (from Load OpenCLIP) and negation_set, or model, "
+                             "text_encoder, negation_bank and reference_bank")
         others = [retain_set, None if images is None else NegationSet.from_images(images)]
         contrast = [embed(clip, one) for one in others if one is not None]
         found = describe(clip, embed(clip, negation_set), phrases, torch.cat(contrast) if contrast else None, count)

@@ -34,7 +34,7 @@ def condition_inputs() -> list[io.Input]:
 
 def check_input() -> io.Input:
     return io.Boolean.Input("check", default=True, optional=True,
-                            tooltip="With unwanted and a negation bank: see after runs, in at most 5 % of their time, whether the condition "
+                            tooltip="With unwanted and a negation bank: see after runs, in at most 5 % of their time, if the condition "
                                     "means the pictures of the bank, and say so on the node and in the report.")
 
 

@@ -44,6 +44,7 @@ class SaveUnwantedCondition(io.ComfyNode):
         path = Path(folder) / f"{name}_{counter:05}_.safetensors"
         save_condition(saved, path)
         text = f"{path.name}: {path.stat().st_size / 1024:.3g} KB" + f"; not saved: {', '.join(left_out)}" * bool(left_out)
+        Live().send(text)
         return io.NodeOutput(unwanted, ui={"text": [text]})
 
 

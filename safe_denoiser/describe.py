@@ -73,18 +73,36 @@ def describe(clip: Clip, embeddings: Tensor, phrases: str, contrast: Tensor | No
     Raises:
         ValueError: fewer than two phrases.
     """
+    unique = different(phrases)
+    texts = clip.texts(unique).double()
+    fits = [(clip.scale * one.double() @ texts.T).softmax(1) for one in (embeddings, contrast) if one is not None]
+    hits = torch.stack([one.argmax(1).bincount(minlength=len(unique)) for one in fits])
+    scores = fits[0].mean(0) - (1 / len(unique) if contrast is None else fits[1].mean(0))
+    fit, best = fits[0].max(1)
+    return chosen_of(unique, scores, hits, [len(one) for one in fits], best, fit, count)
+
+
+def different(phrases: str) -> tuple[str, ...]:
+    """The lines; of equal ones, whatever their case, the first.
+
+    Raises:
+        ValueError: fewer than two.
+    """
     unique = {}
     for line in lines_of(phrases):
         unique.setdefault(line.lower(), line)
     if len(unique) < 2:
         raise ValueError(f"phrases has {len(unique)} different lines, and they are held against each other; write two or more: what the "
                          f"pictures may show, and 'a picture'")
-    texts = clip.texts(tuple(unique.values())).double()
-    fits = [(clip.scale * one.double() @ texts.T).softmax(1) for one in (embeddings, contrast) if one is not None]
-    hits = torch.stack([one.argmax(1).bincount(minlength=len(unique)) for one in fits])
-    sizes = [len(one) for one in fits]
+    return tuple(unique.values())
+
+
+def chosen_of(unique: tuple[str, ...], scores: Tensor, hits: Tensor, sizes: list[int], best: Tensor, fit: Tensor,
+              count: int) -> Description:
+    """The phrases that tell a set from its contrast and not by chance, see `describe`; hits (1 or 2, K), of which each column counts the
+    pictures that a phrase fits best.
+    """
     shares = hits / torch.tensor(sizes)[:, None]
-    scores = fits[0].mean(0) - (1 / len(unique) if contrast is None else fits[1].mean(0))
     words, chosen = [""] * len(unique), []
     for i in _descending(scores):
         if shares[0, i] < SHARE:
@@ -94,8 +112,7 @@ def describe(clip: Clip, embeddings: Tensor, phrases: str, contrast: Tensor | No
         else:
             words[i] = "chosen" if len(chosen) < count else f"not among the best {count}"
             chosen += [i] * (len(chosen) < count)
-    fit, best = fits[0].max(1)
-    return Description(tuple(unique.values()), scores, shares, tuple(words), tuple(chosen), best, fit,
+    return Description(unique, scores, shares, tuple(words), tuple(chosen), best, fit,
                        _verdict(len(chosen), sizes, len(unique)))
 
 

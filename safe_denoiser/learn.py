@@ -166,10 +166,10 @@ class Learning:
         if self.whole is None or not self.best.steps:
             return self.best
         while self.whole.done < self.best.steps:
-            condition = self.whole.step()
+            self.whole.step()
             if tell:
                 tell(self.runs[0].done, self.schedule.steps, self.best.gain)
-        return Learned([part.clone() for part in condition], self.best.gain, self.best.steps, self.curve)
+        return Learned([part.detach().clone() for part in self.whole.parts], self.best.gain, self.best.steps, self.curve)
 
     def state(self) -> dict[str, Tensor]:
         """All that `resume` needs, as tensors by name."""

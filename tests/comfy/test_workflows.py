@@ -155,7 +155,7 @@ def cross(workflow):
 
 BREAKAGES = {
     "no such node": lambda w: node_of(w, "SafeDenoiserReport").update(type="SafeDenoiserGone"),
-    "11 widget values for 12": lambda w: node_of(w, "SafeDenoiserKSampler")["widgets_values"].pop(1),
+    "12 widget values for 13": lambda w: node_of(w, "SafeDenoiserKSampler")["widgets_values"].pop(1),
     "strength cannot be -1": lambda w: node_of(w, "SafeDenoiserKSampler")["widgets_values"].__setitem__(8, -1),
     "seed cannot be '1'": lambda w: node_of(w, "KSampler")["widgets_values"].__setitem__(0, "1"),
     "method cannot be 'gone'": lambda w: node_of(w, "SafeDenoiserKSampler")["widgets_values"].__setitem__(7, "gone"),
@@ -187,7 +187,7 @@ def test_the_page_lists_them_with_thumbnails(server):
     assert set(NAMES) >= {"tiny_digits", "sd15", "sdxl", "sd35", "flux", "apply_sampler_custom_advanced",
                           "compare_off_on", "xy_strength_window", "generate_negation_set", "check_and_sample_again", "check_and_branch",
                           "tiny_unwanted", "unwanted_words", "unwanted_pictures_redux", "unwanted_pictures_unclip", "unwanted_at_cfg_1",
-                          "layers", "tiny_layers"}
+                          "layers", "tiny_layers", "negation_set_only"}
     assert sorted(server.get("/workflow_templates")["comfyui-safe-denoiser"]) == NAMES
     for name in NAMES:
         data = server.request(f"/api/workflow_templates/comfyui-safe-denoiser/{name}.jpg")
