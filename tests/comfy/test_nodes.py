@@ -20,6 +20,8 @@ IDS = {
     "CheckImages": "Check Images", "FillBlockedImages": "Fill Blocked Images", "SemanticPosterior": "Semantic Posterior",
     "CombineNegationSets": "Combine Negation Sets", "Report": "Safe Denoiser Report", "ClassCondition": "Class Condition",
     "DescribeNegationSet": "Describe Negation Set", "GuardPrompt": "Guard Prompt", "GuardModel": "Guard Model (SLD)",
+    "LearnUnwantedCondition": "Learn Unwanted Condition", "SaveUnwantedCondition": "Save Unwanted Condition",
+    "LoadUnwantedCondition": "Load Unwanted Condition",
 }
 
 
