@@ -1,12 +1,16 @@
 """Learn Unwanted Condition: from a folder of pictures to the condition that means them."""
+import itertools
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import comfy.model_management
 import comfy.utils
 import torch
 from comfy_api.latest import io, ui
+from torch.utils.checkpoint import CheckpointError
 
 from ..safe_denoiser import Bank, LatentCache
 from ..safe_denoiser.gain import Check, Gain, Probe
@@ -31,15 +35,31 @@ def with_less_memory(batch: int, attempt):
     Raises:
         ValueError: one row, computed twice, does not fit either.
     """
-    for checkpointed, rows in ((False, batch), (True, batch), (True, max(1, batch // 4)), (True, 1)):
+    for rows, checkpointed in itertools.product((batch, max(1, batch // 4), 1), (False, True)):
         try:
             return attempt(checkpointed, rows)
-        except OUT_OF_MEMORY as error:
+        except (OUT_OF_MEMORY, CheckpointError) as error:  # some models' blocks do not do the same twice
             what = f"{rows} pictures at a time" + ", computed twice to save memory" * checkpointed
             logging.info("safe denoiser: learning with %s does not fit into memory (%s)", what, error)
             comfy.model_management.soft_empty_cache()
     raise ValueError("the gradient of one picture does not fit into memory; learn at a smaller size (build the bank for a smaller latent), "
                      "with a smaller or quantised version of the model, or start ComfyUI with --lowvram")
+
+
+@contextmanager
+def learnable(model) -> Iterator[None]:
+    """Say what it means where no gradient comes through a model.
+
+    Raises:
+        ValueError: in place of what torch raises.
+    """
+    try:
+        yield
+    except (OUT_OF_MEMORY, CheckpointError):
+        raise
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ValueError(f"no condition can be learned for {type(model.model).__name__}: no gradient comes through it to its text, or it "
+                         f"makes more than pictures ({error}); use a prompt as unwanted, such as Describe Negation Set finds") from error
 
 
 class Teller:
@@ -74,11 +94,13 @@ def learn(model, bank: Bank, neutral: list, start: list | None, reference: Bank 
         with differentiable(asked.model, checkpointed):
             y, z = (None if one is None else one.to(asked.device, copy=True) for one in (latents, others))
             parts = [[part.to(asked.device, torch.float32, copy=True) for part in told(one)] for one in (neutral, start or neutral)]
-            learning = Learning(asked, y, *parts, replace(schedule, rows=rows))
+            with learnable(model):
+                learning = Learning(asked, y, *parts, replace(schedule, rows=rows))
             if state := cache.kept(stopped):
                 learning.resume(state)
             try:
-                learned = learning.run(seconds or float("inf"), Teller())
+                with learnable(model):
+                    learned = learning.run(seconds or float("inf"), Teller())
             finally:
                 cache.keep(stopped, {name: value.detach().cpu() for name, value in learning.state().items()})
             gain = None if z is None else Probe(asked, z, parts[0], batch=rows, seed=schedule.seed).gain(learned.condition)

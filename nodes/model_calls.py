@@ -5,6 +5,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import comfy.model_management
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -103,7 +104,7 @@ def differentiable(model: torch.nn.Module, checkpointed: bool = False) -> Iterat
     Args:
         checkpointed: blocks are computed again on the way back, instead of kept: slower, with a fraction of the memory.
     """
-    with torch.inference_mode(False), torch.enable_grad(), allow_mutation_on_saved_tensors():  # many blocks add in place
+    with torch.inference_mode(False), torch.enable_grad(), allow_mutation_on_saved_tensors(), _training():  # many blocks add in place
         places = [*_inference_tensors(model)]
         try:
             for holder, name, value in places:
@@ -113,6 +114,20 @@ def differentiable(model: torch.nn.Module, checkpointed: bool = False) -> Iterat
         finally:
             for holder, name, value in places:
                 holder[name] = value
+
+
+@contextmanager
+def _training() -> Iterator[None]:
+    """Newer ComfyUI then leaves out kernels through which no gradient goes, and quantised layers have one."""
+    management = comfy.model_management
+    before = getattr(management, "in_training", None)
+    try:
+        management.in_training = True
+        yield
+    finally:
+        management.in_training = before
+        if before is None:  # this one does not know of it
+            del management.in_training
 
 
 def _inference_tensors(model: torch.nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]]:

@@ -102,9 +102,9 @@ def random_prompts(labels, groups=GROUPS):
     return F.one_hot(index, 16).float() * (u < 0.85)[:, None]
 
 
-def flow_loss(model, x0, prompts):
-    """Flow matching: v = noise - x0 at a logit-normal sigma; prompts one-hot (B, 16)."""
-    noise, sigma = torch.randn_like(x0), torch.sigmoid(1.2 * torch.randn(len(x0)) + 0.3)
+def flow_loss(model, x0, prompts, centre=0.3):
+    """Flow matching: v = noise - x0 at a logit-normal sigma around sigmoid(centre); prompts one-hot (B, 16)."""
+    noise, sigma = torch.randn_like(x0), torch.sigmoid(1.2 * torch.randn(len(x0)) + centre)
     s = sigma.view(-1, 1, 1, 1)
     return F.mse_loss(model((1 - s) * x0 + s * noise, sigma, prompts), noise - x0)
 

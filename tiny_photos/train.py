@@ -50,11 +50,38 @@ def train_vae(pictures, steps, batch=32, crop=32):
         restored = shallow(model.taesd_decoder, z + 0.1 * torch.randn_like(z))
         return F.mse_loss(restored, images) + 1e-3 * z.square().mean()
 
-    fit(model, loss, steps, 4e-3)
-    with torch.no_grad():  # fold mean and spread into the file, so that SD3's process_in gives unit variance
-        z = torch.cat([shallow(model.taesd_encoder, drawn(50)) for _ in range(10)])
-        model.vae_scale.fill_(LATENT_SCALE * z.std())
-        model.vae_shift.fill_(LATENT_SHIFT - z.mean() / (LATENT_SCALE * z.std()))
+    return by_energy(fit(model, loss, steps, 4e-3), pictures)
+
+
+@torch.no_grad()
+def by_energy(model, pictures, clear=0.25):
+    """The same autoencoder with latents in other axes: those along which pictures change most first, and each as large as what it changes.
+
+    Latents that an autoencoder likes are white, and a diffusion model then spends most of itself on what nobody sees: with
+    z' = L^(1/2) U' (z - m), where U L U' is what the decoder's pictures change by a change of z, a unit is as much in each direction.
+    clear: standard deviation of the largest channel, far from where the decoder clamps.
+    """
+    last, first = model.taesd_encoder[-1], model.taesd_decoder[1]
+    z = shallow(model.taesd_encoder, enlarged(pictures[torch.randperm(len(pictures))[:200]]).contiguous(memory_format=torch.channels_last))
+    plain = shallow(model.taesd_decoder, z)
+    moves = []
+    for channel in range(z.shape[1]):
+        moved = z.clone()
+        moved[:, channel, 4, 4] += 0.1
+        moves.append((shallow(model.taesd_decoder, moved) - plain).flatten())
+    change = torch.stack(moves)
+    values, axes = torch.linalg.eigh(change @ change.T)
+    forth = values.clamp_min(0).sqrt()[:, None] * axes.T  # z' = forth (z - m)
+    forth *= clear / torch.einsum("ij,njhw->nihw", forth, z).std((0, 2, 3)).amax()
+    m, back = z.mean((0, 2, 3)), torch.linalg.inv(forth)
+    last.weight.copy_(torch.einsum("ij,jkhw->ikhw", forth, last.weight))
+    last.bias.copy_(forth @ (last.bias - m))
+    first.bias += torch.einsum("ojhw,j->o", first.weight, m)
+    first.weight.copy_(torch.einsum("ojhw,ji->oihw", first.weight, back))
+    raw = torch.einsum("ij,njhw->nihw", forth, z - m.view(1, -1, 1, 1))
+    print("latents by energy, standard deviations:", [round(float(s), 3) for s in raw.std((0, 2, 3))], flush=True)
+    model.vae_scale.fill_(LATENT_SCALE * raw.std())
+    model.vae_shift.fill_(LATENT_SHIFT - raw.mean() / (LATENT_SCALE * raw.std()))
     return model
 
 
@@ -67,7 +94,7 @@ def train_decoder(model, pictures, latents, steps, batch=16, crop=4):
         z = latents[rows, :, top:top + crop, left:left + crop]
         raw = (z / LATENT_SCALE + LATENT_SHIFT - shift) * scale
         images = enlarged(pictures[rows])[..., 8 * top:8 * (top + crop), 8 * left:8 * (left + crop)]
-        restored = model.taesd_decoder((raw + 0.05 * torch.randn_like(raw)).contiguous(memory_format=torch.channels_last))
+        restored = model.taesd_decoder((raw + 0.02 * raw.std() * torch.randn_like(raw)).contiguous(memory_format=torch.channels_last))
         return F.mse_loss(restored, images)
 
     model.taesd_encoder.requires_grad_(False)
@@ -103,7 +130,7 @@ def train_model(latents, labels, steps, batch=128):
 
     def loss():
         rows = torch.randint(len(latents), (batch,))
-        return flow_loss(compiled, latents[rows].float(), random_prompts(labels[rows], GROUPS))
+        return flow_loss(compiled, latents[rows].float(), random_prompts(labels[rows], GROUPS), centre=0.8)
 
     return fit(model, loss, steps, 1.5e-3, average=0.999, save=lambda mean: save(mean, FILES[MMDiT]))
 
@@ -154,7 +181,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="folder with train/<class>/ and test/<class>/")
     parser.add_argument("--vae-steps", type=int, default=2500)
-    parser.add_argument("--model-steps", type=int, default=20_000)
+    parser.add_argument("--model-steps", type=int, default=10_000)
     parser.add_argument("--decoder-steps", type=int, default=1200)
     parser.add_argument("--judge-steps", type=int, default=2000)
     parser.add_argument("--only", choices=PARTS, action="append",

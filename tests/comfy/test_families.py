@@ -152,3 +152,39 @@ def test_the_table_of_the_documentation_is_what_the_tests_showed(comfy):
         return
     told = {name: row[f"v{comfyui_version.__version__}"] for name, row in rows.items()}
     assert told == {**dict.fromkeys(rows, "—"), **dict.fromkeys(here(FAMILIES), "pass"), **dict.fromkeys(here(REFUSED), "refused")}
+
+
+NOT_LEARNED = {"HiDream-O1", "ERNIE-Image", "LTX-2 (picture and sound)", "MiniMax-H3 (picture and sound)"}
+
+
+def test_a_condition_can_be_learned(request, family, model, pack):
+    """A gradient comes through the family's network to its condition, under inference mode, and its weights are as they were; where
+    none does, that is said.
+    """
+    if request.node.callspec.params["family"] in NOT_LEARNED:
+        with torch.inference_mode(), pytest.raises(ValueError, match="no condition can be learned"):
+            learned_by(family, model)
+    else:
+        learned_by(family, model)
+
+
+def learned_by(family, model):
+    from pack.nodes.learn import learnable
+    from pack.nodes.model_calls import ask, differentiable
+    from pack.nodes.model_calls import told as parts_of
+
+    y = torch.randn(1, *family.latent, generator=torch.Generator().manual_seed(1))
+    neutral, before = conditioning(family, 1), {name: one.clone() for name, one in model.model.state_dict().items()}
+
+    def work(asked):
+        with differentiable(asked.model):
+            latents = y.clone()
+            parts = [part.float().clone().requires_grad_(True) for part in parts_of(neutral)]
+            x, sigma = asked.noised(latents, torch.randn_like(latents), torch.tensor([0.3]))
+            (latents - asked.predict(x, sigma, [parts])[0]).square().sum().backward()
+            return [part.grad for part in parts]
+
+    with torch.inference_mode(), learnable(model):
+        found = [grad for grad in ask(model, family.latent, neutral, work) if grad is not None]
+    assert found and all(bool(grad.isfinite().all()) for grad in found) and any(bool(grad.count_nonzero()) for grad in found)
+    assert all(torch.equal(before[name], one) for name, one in model.model.state_dict().items())
