@@ -1,7 +1,33 @@
 """What guidance made of a model call: noted by a post-CFG function, and the functions of CFG++ samplers called after the correction."""
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import comfy.patcher_extension
 import torch
 
 POST_CFG = "sampler_post_cfg_function"
+
+
+@contextmanager
+def around(guider, wrapper: Callable):
+    """Each call of this guider goes through `wrapper`, as one of PREDICT_NOISE would: guiders that have a `__call__` of their own run none
+    of those. It is of another class meanwhile, derived from its own, so that it stays the very object that everybody holds.
+    """
+    own, held = type(guider), [wrapper]
+
+    def __call__(self, x, timestep, model_options=None, seed=None, **more):
+        call = partial(own.__call__, self, **more)
+        return comfy.patcher_extension.WrapperExecutor.new_class_executor(call, self, held).execute(x, timestep, model_options or {}, seed)
+
+    with suppress(TypeError):  # an object whose class cannot be changed: its wrappers are all there is
+        guider.__class__ = type(own.__name__, (own,), {"__call__": __call__, "__module__": own.__module__})
+    try:
+        yield
+    finally:
+        held.clear()  # a class is a ring of references, and would keep what it holds until the collector comes
+        with suppress(TypeError):
+            guider.__class__ = own
 
 
 def watch(model_options: dict, guider) -> tuple[dict, list, dict]:

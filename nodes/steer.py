@@ -1,7 +1,8 @@
 """The only place where the core meets the sampling loop: a model is patched, and each run of a guider on it is steered."""
 import json
+import logging
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -10,8 +11,9 @@ import torch
 
 from ..safe_denoiser import Bank, Report, SafeDenoiser, Step
 from ..safe_denoiser.denoiser import METHODS
+from ..safe_denoiser.report import STOPPED, UNSTEERED
 from .conditions import Witness, hookable, listen
-from .guidance import call_late, guidance, watch
+from .guidance import around, call_late, guidance, watch
 from .live import Live
 from .loading import hold, prepare_sampling
 from .noise import forward_process, refuse, std_at
@@ -86,7 +88,7 @@ class Run:
         self.patch, self.patcher, self.report, self.told = patch, guider.model_patcher, report, told
         self.witness, self.live, self.memory = Witness(patch.given), Live(), {}
         self.held = self._hold(noise.shape)
-        self.sampling, self.rises = None, False  # until it begins
+        self.sampling, self.rises, self.calling = None, False, False  # until it begins
 
     def _hold(self, shape) -> dict:
         return {name: hold(bank, self.patcher, shape, self.patch.bank_size) for name, bank in self.patch.banks.items()}
@@ -97,6 +99,7 @@ class Run:
         self.picture = Picture(getattr(guider.inner_model, "latent_shapes", None))
         self.offset, self.rows, self.lowest, self.highest = None, len(noise), math.inf, -math.inf
         self.rises = sigmas is not None and len(sigmas) > 1 and bool(sigmas[-1] > sigmas[0])
+        self.patch.begun = True
         self.report.steps.clear()
         self.report.notes[:] = [note for note, so in ((UNTOLD, sigmas is None), (RISES, self.rises)) if so and self.patch.on]
         denoiser = self._denoiser(guider, self.held)
@@ -108,6 +111,17 @@ class Run:
         bank = self.patch.denoiser.bank
         origin = bank and bank.metadata.get("origin")  # of a compressed bank: the picture that
         self.origin = origin and torch.tensor(json.loads(origin), device=noise.device)  # each prototype stands for
+
+    def end(self, finished: bool) -> None:
+        """It is over, or was stopped: the node tells what was done, and where nothing was, though it was meant, the log does too."""
+        if self.sampling is None:
+            return
+        if not finished and self.patch.on and self.sigmas is not None:
+            self.note(f"{STOPPED} {len(self.report.steps)} model calls of a schedule of {len(self.sigmas) - 1} steps")
+        elif finished and self.patch.meant and not self.report.steps and (self.sigmas is None or len(self.sigmas) > 1):
+            unsteered(self.report)
+        if self.report is self.patch.report:
+            self.live.end(self.report, self.patch.on)
 
     def note(self, text: str) -> None:
         if text not in self.report.notes:
@@ -173,6 +187,15 @@ class Run:
             self.live.show(self.report.steps)
 
 
+def unsteered(report: Report) -> None:
+    """Say loudly, on the node, in the report and in the log, that nothing was done."""
+    if UNSTEERED not in report.notes:
+        logging.error("safe denoiser: %s", UNSTEERED)
+        report.steps.clear()
+        report.notes[:] = [UNSTEERED]
+        Live().end(report, True)
+
+
 class Patch:
     """What a patched model does: the wrappers through which guiders sample it, and their runs.
 
@@ -188,6 +211,7 @@ class Patch:
         self.denoiser, self.start, self.end, self.bank_size, self.connected = denoiser, start, end, bank_size, connected
         self.banks = {name: bank for name in ("bank", "retain", "reference") if (bank := getattr(denoiser, name)) is not None}
         self.on = denoiser.strength != 0
+        self.meant, self.begun = self.on and start < end, True
         self.given = connected if self.on and METHODS[denoiser.method].hears else {}
         self.report, self.runs = Report([], [], source()), WeakKeyDictionary()  # by guider: one never runs twice at a time
 
@@ -196,8 +220,11 @@ class Patch:
         patched, wrappers = hookable(model, [*self.given.values()]), comfy.patcher_extension.WrappersMP
         listen(patched, self.given)
         for where, wrapper in ((wrappers.OUTER_SAMPLE, self.outer_sample), (wrappers.PREPARE_SAMPLING, self.prepare_sampling),
-                               (wrappers.SAMPLER_SAMPLE, self.sampler_sample), (wrappers.PREDICT_NOISE, self.predict_noise)):
+                               (wrappers.SAMPLER_SAMPLE, self.sampler_sample), (wrappers.PREDICT_NOISE, self.predict_noise),
+                               (wrappers.APPLY_MODEL, self.apply_model)):
             patched.add_wrapper_with_key(where, KEY, wrapper)
+        patched.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, KEY, self.pre_run)
+        patched.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, KEY, self.cleanup)
         predict = patched.wrappers[wrappers.PREDICT_NOISE]  # the first is the outermost: a cache that skips the model must not skip us
         patched.wrappers[wrappers.PREDICT_NOISE] = {KEY: predict.pop(KEY), **predict}
         return patched
@@ -211,16 +238,22 @@ class Patch:
 
     @contextmanager
     def run_of(self, guider, noise: torch.Tensor):
-        """The run of this guider, until whoever asked first is through."""
-        known = self.runs.get(guider)
-        run = known if known and known.told else self.open(guider, noise, True)
+        """The run of this guider, until whoever asked first is through, and its calls steered. What hands itself to the sampler for
+        another guider, whose run has not begun, is in that run.
+        """
+        told = self.runs.get(guider)
+        known = told if told and told.told else next((run for run in self.runs.values() if run.told and run.sampling is None), None)
+        run = self.runs[guider] = known or self.open(guider, noise, True)
+        finished = False
         try:
-            yield run
+            with around(guider, self.predict_noise) if told is not run else nullcontext():
+                yield run
+            finished = True
         finally:
-            if run is not known:
+            if told is not run:
                 self.runs.pop(guider, None)
-                if run.sampling is not None and run.report is self.report:
-                    run.live.end(run.report)
+            if run is not known:
+                run.end(finished)
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
@@ -254,9 +287,35 @@ class Patch:
             run.begin(guider, x)
         return run
 
+    def apply_model(self, executor, *args, **kwargs):
+        """The network is asked. By whom, if no run was told of, and none is in the middle of a call?"""
+        if self.meant and not any(run.told or run.calling for run in self.runs.values()):
+            unsteered(self.report)
+        return executor(*args, **kwargs)
+
+    def pre_run(self, patcher) -> None:
+        """A callback of ComfyUI's: somebody samples."""
+        self.begun = False
+
+    def cleanup(self, patcher) -> None:
+        """The end of that, and there was no run."""
+        if self.meant and not self.begun and not any(run.told for run in self.runs.values()):
+            unsteered(self.report)
+
     def predict_noise(self, executor, x, timestep, model_options, *args, **kwargs):
+        """Steer one call; but not twice, where a guider's call leads to ComfyUI's wrappers."""
         guider = executor.class_obj
         run = self.now(guider, x, timestep)
+        if run.calling:
+            return executor(x, timestep, model_options, *args, **kwargs)
+        run.calling = True
+        try:
+            return self.steer(run, executor, x, timestep, model_options, *args, **kwargs)
+        finally:
+            run.calling = False
+
+    def steer(self, run: Run, executor, x, timestep, model_options, *args, **kwargs):
+        guider = executor.class_obj
         denoiser, witness = run.denoiser_for(guider, x), run.witness
         mask, level = run.mask_at(guider, timestep, model_options), forward_process(run.sampling, timestep, x.ndim)
         model_options, late, seen = watch(model_options, guider)
