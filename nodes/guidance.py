@@ -65,9 +65,10 @@ def call_late(late: list, seen: dict, denoised: torch.Tensor, safe_denoised: tor
 def guidance(guider, seen: dict) -> dict[str, torch.Tensor]:
     """The predictions that guidance was made of, as `SafeDenoiser.safe` names them, or nothing: at cfg 1 ComfyUI hands over zeros in
     place of the negative prompt's, a nested DualCFGGuider that of its middle prompt, and a cache that skips the model nothing. A guider
-    that asks another model for it (DualModelGuider) hands it over under conditions that are not among its own.
+    that asks another model for it (DualModelGuider) hands it over under conditions that are not among its own. Guidance itself tells which
+    is which, since guiders have names of their own for them.
     """
-    uncond = seen.get("uncond")
-    if uncond is None or any(uncond is conds for name, conds in guider.conds.items() if name != "negative"):
+    uncond, conds = seen.get("uncond"), guider.conds
+    if uncond is None or "negative" in conds and any(uncond is conds[name] for name in conds if name != "negative"):
         return {}
     return {"unconditional": seen["uncond_denoised"], "conditional": seen["cond_denoised"]}

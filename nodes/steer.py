@@ -330,10 +330,10 @@ class Patch:
             run.offset = guides["unconditional"] - x
         elif not seen and run.offset is not None and run.offset.shape == x.shape:  # a cache skipped the model: go on as LazyCache does,
             guides = {"unconditional": x + run.offset}  # with the offset of the latest call
-        if seen and seen["cond"] is guider.conds.get("positive"):
+        if seen and seen["cond"] is guider.conds.get("positive", seen["cond"]):
             shared.setdefault("conditional", seen["cond_denoised"])
         raw, guides = shared.setdefault("predictions", (denoised, guides))
-        heard = witness.heard(shared, x, guides) if witness.given else {}
+        heard = witness.heard(guider, shared, x, guides, seen) if witness.given else {}
         if witness.missed:
             run.note(MISSED)
         if denoiser.method == "sld" and "unconditional" not in guides:

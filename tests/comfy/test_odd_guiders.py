@@ -210,3 +210,18 @@ def told(pack, monkeypatch):
     texts = []
     monkeypatch.setattr(Live, "send", lambda self, text: texts.append(text))
     return texts
+
+
+@pytest.mark.parametrize("kind", ["Other", "Uncond", "Backwards"])
+@pytest.mark.parametrize("by", ["unwanted", "bank", "guard"])
+def test_conditions_are_told_by_what_guidance_takes_them_for(kind, by, run, tiny, prompts, banks):
+    """Whatever their names: the same picture as with ComfyUI's."""
+    unwanted = run("ClassCondition", class_index=7).result[0]
+    patched, report = {"unwanted": lambda: run("Apply", model=tiny.model, unwanted=unwanted).result,
+                       "bank": lambda: run("Apply", model=tiny.model, negation_bank=tiny.bank).result,
+                       "guard": lambda: run("GuardModel", model=tiny.model, unwanted=unwanted, preset="max").result}[by]()
+    wanted = sample(guider(patched, prompts))
+    told = report.table()
+    torch.testing.assert_close(sample(guider(patched, prompts, kind=kinds()[kind])), wanted, rtol=1e-4, atol=1e-4)
+    assert report.table().splitlines()[:2] == told.splitlines()[:2] and not report.notes
+    assert not torch.allclose(wanted, sample(guider(tiny.model, prompts)), atol=1e-2)
