@@ -12,6 +12,7 @@ import torch
 from ..safe_denoiser import Bank, Report, SafeDenoiser, Step
 from ..safe_denoiser.denoiser import METHODS
 from ..safe_denoiser.report import STOPPED, UNSTEERED
+from ..safe_denoiser.trust import looks_exchanged, require_unlike
 from .conditions import Witness, hookable, listen
 from .guidance import around, call_late, guidance, watch
 from .live import Live
@@ -25,6 +26,8 @@ UNTOLD = "the sampler was started without a word to this node: a mask, if there 
 RISES = "the noise rises from step to step (unsampling): nothing is steered, so that sampling again can lead elsewhere"
 MIDWAY = "the run begins in the middle of a schedule, and its earlier part is not known here: what the prompt asks for is judged anew"
 UNGUIDED = "there is no guidance (cfg 1), and safe latent diffusion is a part of it: nothing is done"
+EXCHANGED = ("the model's own pictures are nearer to the negation bank than to the reference bank: if the two wires are exchanged, the "
+             "sampler is steered TOWARDS what must not come out")
 ROWS = "the sampler asks for parts of the batch at a time: what earlier calls told of each picture is not known"
 
 
@@ -50,7 +53,9 @@ class Picture:
 
 
 def require(banks: dict[str, Bank | None], unwanted, neutral, method: str, weight: str) -> None:
-    """Raise where nothing says what must not come out, or something is connected that means nothing without it."""
+    """Raise where nothing says what must not come out, where something is connected that means nothing without it, or to the wrong input.
+    """
+    require_unlike(banks["bank"], {name: bank for name, bank in banks.items() if name != "bank"})
     if unwanted is None:
         if neutral is not None:
             raise ValueError("neutral is connected and unwanted is not; neutral is what unwanted is compared with, so connect unwanted too")
@@ -97,6 +102,8 @@ class Run:
         """The sampler is about to start: the model is loaded, and the banks with it."""
         self.sampling, self.sigmas, self.mask = guider.inner_model.model_sampling, sigmas, mask
         self.picture = Picture(getattr(guider.inner_model, "latent_shapes", None))
+        self.fresh = sigmas is not None and float(sigmas[0]) >= 0.99 * float(self.sampling.percent_to_sigma(0.01))
+        self.exchanged = None
         self.offset, self.rows, self.lowest, self.highest = None, len(noise), math.inf, -math.inf
         self.rises = sigmas is not None and len(sigmas) > 1 and bool(sigmas[-1] > sigmas[0])
         self.patch.begun = True
@@ -116,6 +123,9 @@ class Run:
         """It is over, or was stopped: the node tells what was done, and where nothing was, though it was meant, the log does too."""
         if self.sampling is None:
             return
+        if self.exchanged is not None and bool(self.exchanged):
+            self.note(EXCHANGED)
+            logging.warning("safe denoiser: %s", EXCHANGED)
         if not finished and self.patch.on and self.sigmas is not None:
             self.note(f"{STOPPED} {len(self.report.steps)} model calls of a schedule of {len(self.sigmas) - 1} steps")
         elif finished and self.patch.meant and not self.report.steps and (self.sigmas is None or len(self.sigmas) > 1):
@@ -177,6 +187,12 @@ class Run:
         found, step = denoiser.safe(picture.of(x), picture.of(raw), *level, picture.of(mask), **guides, begins=begins)
         safe_denoised = raw if step is None else picture.put(raw, found)
         return safe_denoised if reach is None else raw + reach * (safe_denoised - raw), step
+
+    def compare(self, denoiser: SafeDenoiser, mask, guides: dict) -> None:
+        """At the first call of a run from pure noise: do the banks' wires look exchanged? Asked of the device when the run is over."""
+        banks = denoiser.bank, denoiser.reference
+        if not self.report.steps and None not in banks and mask is None and self.fresh and "unconditional" in guides:
+            self.exchanged = looks_exchanged(*banks, self.picture.of(guides["unconditional"]))
 
     def record(self, step: Step | None) -> None:
         if step is None:
@@ -339,6 +355,7 @@ class Patch:
         if denoiser.method == "sld" and "unconditional" not in guides:
             run.note(UNGUIDED)
         reach = witness.reach(guider, x, timestep) if heard else None
+        run.compare(denoiser, mask, guides)
         begins = run.begins_step(timestep) if heard else True  # only rules that hear something ask
         safe_denoised, step = run.correct(denoiser, x, raw, level, mask, guides | heard, reach, begins)
         if raw is not denoised:
