@@ -138,7 +138,7 @@ class Beside(ContextHandlerABC):
         else:
             out = calc_cond_batch(model, more, x_in, timestep, options)
         self.found = dict(zip(self.asked, out[len(conds):]))
-        self.own = [(own, prediction) for own, prediction in zip(conds, out) if own is not None]
+        self.own = [(own, prediction.clone()) for own, prediction in zip(conds, out) if own is not None]
         return out[:len(conds)]
 
     def of(self, *roles) -> torch.Tensor | None:
@@ -230,8 +230,7 @@ class Witness:
 
         Args:
             shared: of this model call.
-            guides: what guidance told: after functions that change predictions before it, and in a nested DualCFGGuider without the
-                negative prompt's, which is neutral all the same.
+            guides: what guidance told: in a nested DualCFGGuider without the negative prompt's, which is neutral all the same.
             seen: what a post-CFG function was given, or nothing: guidance knows the guider's conditions by their roles, ComfyUI's own
                 guiders, of which some have more than two, by their names.
         """

@@ -14,7 +14,7 @@ from ..safe_denoiser.denoiser import METHODS
 from ..safe_denoiser.report import STOPPED, UNSTEERED
 from ..safe_denoiser.trust import looks_exchanged, require_unlike
 from .conditions import Witness, hookable, listen
-from .guidance import around, call_late, guidance, watch
+from .guidance import around, call_late, guidance, predicted, watch
 from .live import Live
 from .loading import hold, prepare_sampling
 from .noise import forward_process, refuse, std_at
@@ -347,7 +347,7 @@ class Patch:
         elif not seen and run.offset is not None and run.offset.shape == x.shape:  # a cache skipped the model: go on as LazyCache does,
             guides = {"unconditional": x + run.offset}  # with the offset of the latest call
         if seen and seen["cond"] is guider.conds.get("positive", seen["cond"]):
-            shared.setdefault("conditional", seen["cond_denoised"])
+            shared.setdefault("conditional", predicted(seen, "cond"))
         raw, guides = shared.setdefault("predictions", (denoised, guides))
         heard = witness.heard(guider, shared, x, guides, seen) if witness.given else {}
         if witness.missed:
