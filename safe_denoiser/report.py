@@ -75,8 +75,7 @@ class Report:
     @property
     def verdict(self) -> str:
         """One sentence: what happened, or why nothing did."""
-        stopped = next((f"{note}: " for note in self.notes if note.startswith(STOPPED)), "")
-        return stopped + self._verdict(self.summary)
+        return "".join(f"{note}: " for note in self.notes if note.startswith(STOPPED)) + self._verdict(self.summary)
 
     def _verdict(self, s: dict[str, float]) -> str:
         if not s["model_calls"]:

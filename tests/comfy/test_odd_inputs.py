@@ -2,6 +2,7 @@
 import pytest
 import torch
 from test_meaning import blocker, checks, clip, digits  # noqa: F401 fixtures
+from test_runs import euler, guider, ksampler, sample
 
 HALVES = [torch.float16, torch.bfloat16, torch.float64]
 
@@ -71,6 +72,38 @@ def test_every_node_that_takes_pictures_or_latents(dtype, run, tiny, checks, dig
         assert bool(sampled.isfinite().all()) and report.summary["corrected_calls"] == 3 and not report.summary["fallbacks"]
         run("Report", report=report, samples={"samples": sampled})
     assert run("SampleReferenceBank", model=tiny.model, latent=latent, conditioning=tiny.empty, count=2, steps=2).result[0].latents.any()
+
+
+@pytest.mark.parametrize("format", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("by", ["bank", "both banks", "unwanted", "all", "spell", "official", "sgf", "guard", "inpainting", "parts"])
+def test_a_sampler_that_works_in_another_number_format(by, format, run, tiny):
+    """As RES4LYF does in double precision: the same picture, and predictions in the format of the noise's own run."""
+    unwanted, banks = run("ClassCondition", class_index=7).result[0], dict(negation_bank=tiny.bank)
+    given = {"bank": banks, "both banks": banks | dict(reference_bank=tiny.reference), "unwanted": dict(unwanted=unwanted),
+             "all": banks | dict(reference_bank=tiny.reference, unwanted=unwanted), "inpainting": banks,
+             "parts": banks | dict(reference_bank=tiny.reference, parts=2)}.get(by, banks | dict(method=by))
+    patched, report = run("GuardModel", model=tiny.model, unwanted=unwanted).result if by == "guard" else \
+        run("Apply", model=tiny.model, **given).result
+    mask = torch.ones(1, 1, 4, 4) / 2 if by == "inpainting" else None
+
+    def casting(call, x, sigmas):
+        used = []
+
+        def called(x, sigma):
+            used.append(call(x.to(format), sigma.to(format)))
+            return used[-1].to(x)
+
+        found = euler(called, x, sigmas)
+        assert {one.dtype for one in used} <= {format, torch.float32}
+        return found
+
+    prompts = tiny.straight, tiny.empty
+    wanted = sample(guider(patched, prompts), ksampler(euler), mask=mask)
+    found = sample(guider(patched, prompts), ksampler(casting), mask=mask)
+    assert not report.summary["fallbacks"] and report.summary["model_calls"] == 6
+    if format == torch.float64:
+        torch.testing.assert_close(found.float(), wanted, rtol=1e-3, atol=1e-3)
+    assert bool(found.isfinite().all()) and (found - wanted).norm() < 0.3 * wanted.norm()
 
 
 def test_an_empty_batch_and_a_latent_of_another_batch(checks, digits):  # noqa: F811
