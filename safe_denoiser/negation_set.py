@@ -122,10 +122,7 @@ class NegationSet:
             ValueError: no picture, not of that shape, or not of numbers.
         """
         pictures = [picture.detach().float().cpu()[..., :3].clamp(0, 1) for picture in pixels]
-        broken = [i for i, picture in enumerate(pictures) if not bool(picture.isfinite().all())]
-        if broken:
-            raise ValueError(f"images {broken[:10]} of {len(pictures)} hold NaN; leave them out, or decode them with the VAE in higher "
-                             f"precision (ComfyUI --fp32-vae)")
+        require_numbers(pictures)
         if not pictures or any(picture.ndim != 3 or picture.shape[-1] != 3 for picture in pictures):
             shapes = [tuple(picture.shape) for picture in pictures]
             raise ValueError(f"pictures are {shapes}; need at least one, each (height, width, 3) with values in [0, 1]")
@@ -167,6 +164,14 @@ class NegationSet:
             return tuple(values[i] for i in rows) if values else ()
 
         return NegationSet(of(self.names), of(self.fingerprints), of(self.readers), weights=of(self.weights), latents=of(self.latents))
+
+
+def require_numbers(pictures: Sequence[torch.Tensor]) -> None:
+    """Raise where pictures hold NaN, as a VAE in too low a precision makes them."""
+    broken = [i for i, picture in enumerate(pictures) if not bool(picture.isfinite().all())]
+    if broken:
+        raise ValueError(f"images {broken[:10]} of {len(pictures)} hold NaN; leave them out, or decode them with the VAE in higher "
+                         f"precision (ComfyUI --fp32-vae)")
 
 
 def combine_sets(sets: Sequence[NegationSet], weights: Sequence[float] = ()) -> NegationSet:
