@@ -101,7 +101,7 @@ class BuildNegationBank(io.ComfyNode):
         cache = LatentCache(folders.cache("latents"), encoder, folders.CACHE_LIMIT)
         bank = encode_bank(negation_set, lambda image: vae.encode(image[None])[0], image_size(latent, vae), fit,
                            progress(), cache)
-        metadata = {**bank.metadata, "space": "vae", "skipped": json.dumps(negation_set.skipped)}
+        metadata = {**bank.metadata, "space": "vae", "skipped": json.dumps(negation_set.skipped), "set": negation_set.fingerprint}
         bank = replace(bank, metadata=metadata)
         if prototypes:
             bank = compress_bank(bank, prototypes)

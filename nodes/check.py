@@ -23,18 +23,21 @@ def rows_of(latent: dict | None, stopped: torch.Tensor):
     """The latent of the blocked pictures, with their masks.
 
     Raises:
-        ValueError: of a video, whose frames cannot be sampled one by one.
+        ValueError: of a video, whose frames cannot be sampled one by one; of another batch.
     """
     if latent is None or not stopped.any():
         return PASSING
     samples = picture_stream(latent["samples"])
     if samples is not latent["samples"] or samples.ndim > 4 and samples.shape[2] > 1:
         raise ValueError("latent is that of a video, whose frames cannot be sampled again one by one; leave latent unconnected")
+    if len(samples) not in (1, len(stopped)):
+        raise ValueError(f"latent holds {len(samples)} pictures and images {len(stopped)}, so which of them to sample again is not known; "
+                         f"connect the latent that these images were sampled from, or leave latent unconnected")
     rows = stopped.nonzero()[:, 0]
     found = {key: value for key, value in latent.items() if key != "batch_index"}  # a new seed draws their noise
     for key in ("samples", "noise_mask"):
         if key in found and len(found[key]) > 1:
-            found[key] = found[key][rows]
+            found[key] = found[key][rows % len(found[key])]  # ComfyUI repeats masks that are fewer
     found["samples"] = found["samples"].expand(len(rows), *found["samples"].shape[1:])
     return found
 

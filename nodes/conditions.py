@@ -49,6 +49,7 @@ class Conditions:
     def __init__(self):
         self.given: dict[int, list[dict]] = {}
         self.processed: dict[int, list[dict]] = {}
+        self.prompt: list[dict] | None = None  # of the guider's own conditions, the one that guidance takes for the prompt
 
     def add(self, guider, conditionings: list, hook_mode) -> None:
         """What CFGGuider.sample does before the models are loaded."""
@@ -80,7 +81,7 @@ class Conditions:
         """What CFGGuider.inner_sample does before the sampler starts; later patches find it done."""
         if self.processed:
             return
-        model, positive = guider.inner_model, guider.conds.get("positive") or []
+        model, positive = guider.inner_model, guider.conds.get("positive") or next(iter(guider.conds.values()), None) or []
         shapes = getattr(model, "latent_shapes", None)  # newer ComfyUI: of latents that hold several streams
         more = {} if shapes is None else {"latent_shapes": shapes}
         shown = {name: positive[0][name] for name in SHOWN if positive and name in positive[0]}
@@ -112,7 +113,8 @@ class Beside(ContextHandlerABC):
 
     def __init__(self, handler, guider):
         self.handler, self.guider, self.asked, self.called = handler, guider, {}, False
-        self.found: dict[int | str, torch.Tensor] = {}  # by the key of a condition; the guider's own by name
+        self.found: dict[int, torch.Tensor] = {}  # by the key of a condition
+        self.own: list[tuple[list[dict], torch.Tensor]] = []  # the guider's
 
     def should_use_context(self, model, conds, x_in, timestep, model_options):
         return not self.called or self._windowed(model, conds, x_in, timestep, model_options)
@@ -127,7 +129,8 @@ class Beside(ContextHandlerABC):
         if self.called:  # of a neighbour that asks once more
             return self.handler.execute(calc_cond_batch, model, conds, x_in, timestep, model_options)
         self.called, more = True, [*conds, *self.asked.values()]
-        place = next((i for i, own in enumerate(conds) if own is not None and own is self.guider.conds.get("positive")), 0)
+        prompt = self.guider.conds.get("positive") or self.guider.model_options[KEY].prompt
+        place = next((i for i, own in enumerate(conds) if own is not None and own is prompt), 0)
         seen_as = {len(conds) + i: place for i in range(len(self.asked))}
         options = {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), KEY: seen_as}}
         if self._windowed(model, more, x_in, timestep, options):
@@ -135,9 +138,13 @@ class Beside(ContextHandlerABC):
         else:
             out = calc_cond_batch(model, more, x_in, timestep, options)
         self.found = dict(zip(self.asked, out[len(conds):]))
-        for own, prediction in zip(conds, out):
-            self.found |= {name: prediction for name in ("positive", "negative") if own is not None and own is self.guider.conds.get(name)}
+        self.own = [(own, prediction.clone()) for own, prediction in zip(conds, out) if own is not None]
         return out[:len(conds)]
+
+    def of(self, *roles) -> torch.Tensor | None:
+        """The prediction under the first of these that the guider asked for."""
+        found = (prediction for role in roles for own, prediction in self.own if own is role)
+        return next(found, None)
 
 
 def outer_sample(conditionings: list, hook_mode):
@@ -218,23 +225,27 @@ class Witness:
         shared["beside"].asked |= asked
         return model_options
 
-    def heard(self, shared: dict, x: torch.Tensor, guides: dict) -> dict[str, torch.Tensor]:
+    def heard(self, guider, shared: dict, x: torch.Tensor, guides: dict, seen: dict) -> dict[str, torch.Tensor]:
         """The model's own predictions, as `SafeDenoiser.safe` names them; nothing where unwanted was not evaluated.
 
         Args:
             shared: of this model call.
-            guides: what guidance told: after functions that change predictions before it, and in a nested DualCFGGuider without the
-                negative prompt's, which is neutral all the same.
+            guides: what guidance told: in a nested DualCFGGuider without the negative prompt's, which is neutral all the same.
+            seen: what a post-CFG function was given, or nothing: guidance knows the guider's conditions by their roles, ComfyUI's own
+                guiders, of which some have more than two, by their names.
         """
         beside = shared.get("beside")
         if beside is None:
             return {}
         if beside.called:
             found = {name: beside.found[id(one)] for name, one in self.given.items() if id(one) in beside.found}
-            conditional = beside.found.get("positive", shared.get("conditional"))
+            guider.model_options[KEY].prompt = seen.get("cond")
+            conditional = beside.of(guider.conds.get("positive"), seen.get("cond"))
+            conditional = shared.get("conditional") if conditional is None else conditional
             found |= {} if conditional is None else {"conditional": conditional}
-            if "negative" in beside.found:
-                found.setdefault("unconditional" if "unconditional" in guides else "neutral", beside.found["negative"])
+            negative = beside.of(guider.conds.get("negative"), seen.get("uncond"))
+            if negative is not None:
+                found.setdefault("unconditional" if "unconditional" in guides else "neutral", negative)
             self.offsets = {name: prediction - x for name, prediction in found.items()}
         else:  # a cache skipped the model: go on with the offsets of the latest call, as it does
             found = {name: x + offset for name, offset in self.offsets.items()}

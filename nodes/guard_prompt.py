@@ -64,6 +64,9 @@ class GuardPrompt(io.ComfyNode):
             raise ValueError("clip is empty: this checkpoint has no text encoder; load one with Load CLIP and connect it")
         tokens = clip.tokenize(text) if conditioning is None else None
         entries = clip.encode_from_tokens_scheduled(tokens) if conditioning is None else conditioning
+        if not all(bool(one[0].isfinite().all()) for one in entries):
+            raise ValueError("the text encoder gives NaN or infinity for this prompt, in which nothing can be found; load it in higher "
+                             "precision (ComfyUI --fp32-text-enc)")
         if strength == 0:
             return io.NodeOutput(entries, "off: strength is 0")
         guard = METHODS[method].of(clip, concepts_of(look_for, concepts), look_for == "names")

@@ -1,11 +1,38 @@
 """What guidance made of a model call: noted by a post-CFG function, and the functions of CFG++ samplers called after the correction."""
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import comfy.patcher_extension
 import torch
 
-POST_CFG = "sampler_post_cfg_function"
+PRE_CFG, CFG, POST_CFG = (f"sampler_{when}cfg_function" for when in ("pre_", "", "post_"))
+
+
+@contextmanager
+def around(guider, wrapper: Callable):
+    """Each call of this guider goes through `wrapper`, as one of PREDICT_NOISE would: guiders that have a `__call__` of their own run none
+    of those. It is of another class meanwhile, derived from its own, so that it stays the very object that everybody holds.
+    """
+    own, held = type(guider), [wrapper]
+
+    def __call__(self, x, timestep, model_options=None, seed=None, **more):
+        call = partial(own.__call__, self, **more)
+        return comfy.patcher_extension.WrapperExecutor.new_class_executor(call, self, held).execute(x, timestep, model_options or {}, seed)
+
+    with suppress(TypeError):  # an object whose class cannot be changed: its wrappers are all there is
+        guider.__class__ = type(own.__name__, (own,), {"__call__": __call__, "__module__": own.__module__})
+    try:
+        yield
+    finally:
+        held.clear()  # a class is a ring of references, and would keep what it holds until the collector comes
+        with suppress(TypeError):
+            guider.__class__ = own
 
 
 def watch(model_options: dict, guider) -> tuple[dict, list, dict]:
-    """Let a post-CFG function note what guidance computed, and hold back those that the running sampler itself added.
+    """Let functions before and after guidance note what it computed, and of what, and hold back those that the running sampler itself
+    added. What the model predicted is copied before anybody else sees it: neighbours change it before guidance, many in place.
 
     CFG++ samplers catch `uncond_denoised` there and step from it: x' = a denoised - b uncond_denoised + c x. They equal their plain
     namesakes where both predictions are the same, so a correction acts as under plain CFG if, and only if, it moves both; therefore
@@ -17,11 +44,30 @@ def watch(model_options: dict, guider) -> tuple[dict, list, dict]:
     functions, own = model_options.get(POST_CFG, []), guider.model_options.get(POST_CFG, [])
     late, seen = [fn for fn in functions if fn not in own], {}
 
+    def before(args):
+        seen["held"] = [(conds, prediction.clone()) for conds, prediction in zip(args["conds"], args["conds_out"])]
+        return args["conds_out"]
+
+    def hold(args, named=""):  # of guiders that know no functions before guidance
+        seen.setdefault("held", [(args[named + role], args[f"{role}_denoised"].clone()) for role in ("cond", "uncond")])
+
+    def first(args):
+        hold(args)
+        return args["denoised"]
+
     def note(args):
         seen.update(args)
         return args["denoised"]
 
-    return {**model_options, POST_CFG: [fn for fn in functions if fn in own] + [note]}, late, seen
+    guided = model_options.get(CFG)
+    changed = {} if guided is None else {CFG: lambda args: hold(args, "input_") or guided(args)}
+    return {**model_options, **changed, PRE_CFG: [before, *model_options.get(PRE_CFG, [])],
+            POST_CFG: [first, *(fn for fn in functions if fn in own), note]}, late, seen
+
+
+def predicted(seen: dict, role: str) -> torch.Tensor:
+    """What the model itself predicted under what guidance calls "cond" or "uncond"."""
+    return next((prediction for conds, prediction in seen["held"] if conds is seen[role]), seen[f"{role}_denoised"])
 
 
 def call_late(late: list, seen: dict, denoised: torch.Tensor, safe_denoised: torch.Tensor) -> torch.Tensor:
@@ -39,9 +85,10 @@ def call_late(late: list, seen: dict, denoised: torch.Tensor, safe_denoised: tor
 def guidance(guider, seen: dict) -> dict[str, torch.Tensor]:
     """The predictions that guidance was made of, as `SafeDenoiser.safe` names them, or nothing: at cfg 1 ComfyUI hands over zeros in
     place of the negative prompt's, a nested DualCFGGuider that of its middle prompt, and a cache that skips the model nothing. A guider
-    that asks another model for it (DualModelGuider) hands it over under conditions that are not among its own.
+    that asks another model for it (DualModelGuider) hands it over under conditions that are not among its own. Guidance itself tells which
+    is which, since guiders have names of their own for them.
     """
-    uncond = seen.get("uncond")
-    if uncond is None or any(uncond is conds for name, conds in guider.conds.items() if name != "negative"):
+    uncond, conds = seen.get("uncond"), guider.conds
+    if uncond is None or "negative" in conds and any(uncond is conds[name] for name in conds if name != "negative"):
         return {}
-    return {"unconditional": seen["uncond_denoised"], "conditional": seen["cond_denoised"]}
+    return {"unconditional": predicted(seen, "uncond"), "conditional": predicted(seen, "cond")}

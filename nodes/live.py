@@ -46,7 +46,7 @@ class Live:
             self.next = time.monotonic() + SECONDS
             self.send(live(steps[-2], len(steps) - 1))
 
-    def end(self, report: Report) -> None:
+    def end(self, report: Report, on: bool) -> None:
         """Leave the verdict on the node, in lines as short as its text is wide."""
         verified = "".join(f"\n{note}" for note in report.notes if note.startswith(VERDICT))
-        self.send(report.verdict.replace(", ", "\n", 2) + verified if report.steps else "off: strength is 0")
+        self.send(report.verdict.replace(", ", "\n", 2) + verified if on else "off: strength is 0")

@@ -7,6 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..safe_denoiser import Bank, LatentCache
+from ..safe_denoiser.trust import SAMPLED
 from . import folders
 from .bank import parts_of, picture_stream, require_pictures, resizing
 from .fingerprint import fingerprint, fingerprint_model
@@ -49,7 +50,7 @@ def sample_bank(model, conditioning, streams, count, seed, steps, sampler_name, 
                 raise ValueError("the model gives NaN or infinity, so what it makes cannot be a reference; sample with it, and see why")
             cache.put(path, found.contiguous())
         latents.append(found)
-    return Bank(torch.cat(latents), metadata={"space": "vae", "source": "reference samples"})
+    return Bank(torch.cat(latents), metadata={"space": "vae", "source": SAMPLED})
 
 
 def streams(model, latent) -> list[tuple[int, ...]]:

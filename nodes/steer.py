@@ -1,8 +1,9 @@
 """The only place where the core meets the sampling loop: a model is patched, and each run of a guider on it is steered."""
 import json
+import logging
 import math
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -11,9 +12,11 @@ import torch
 
 from ..safe_denoiser import Bank, Report, SafeDenoiser, Step
 from ..safe_denoiser.denoiser import METHODS
+from ..safe_denoiser.report import STOPPED, UNSTEERED
+from ..safe_denoiser.trust import looks_exchanged, require_unlike
 from .condition_check import ConditionCheck
 from .conditions import Witness, hookable, listen
-from .guidance import call_late, guidance, watch
+from .guidance import around, call_late, guidance, predicted, watch
 from .live import Live
 from .loading import hold, prepare_sampling
 from .noise import forward_process, refuse, std_at
@@ -25,6 +28,8 @@ UNTOLD = "the sampler was started without a word to this node: a mask, if there 
 RISES = "the noise rises from step to step (unsampling): nothing is steered, so that sampling again can lead elsewhere"
 MIDWAY = "the run begins in the middle of a schedule, and its earlier part is not known here: what the prompt asks for is judged anew"
 UNGUIDED = "there is no guidance (cfg 1), and safe latent diffusion is a part of it: nothing is done"
+EXCHANGED = ("the model's own pictures are nearer to the negation bank than to the reference bank: if the two wires are exchanged, the "
+             "sampler is steered TOWARDS what must not come out")
 ROWS = "the sampler asks for parts of the batch at a time: what earlier calls told of each picture is not known"
 
 
@@ -50,7 +55,9 @@ class Picture:
 
 
 def require(banks: dict[str, Bank | None], unwanted, neutral, method: str, weight: str) -> None:
-    """Raise where nothing says what must not come out, or something is connected that means nothing without it."""
+    """Raise where nothing says what must not come out, where something is connected that means nothing without it, or to the wrong input.
+    """
+    require_unlike(banks["bank"], {name: bank for name, bank in banks.items() if name != "bank"})
     if unwanted is None:
         if neutral is not None:
             raise ValueError("neutral is connected and unwanted is not; neutral is what unwanted is compared with, so connect unwanted too")
@@ -88,7 +95,7 @@ class Run:
         self.patch, self.patcher, self.report, self.told = patch, guider.model_patcher, report, told
         self.witness, self.live, self.memory = Witness(patch.given), Live(), {}
         self.held = self._hold(noise.shape)
-        self.sampling, self.rises = None, False  # until it begins
+        self.sampling, self.rises, self.calling = None, False, False  # until it begins
 
     def _hold(self, shape) -> dict:
         return {name: hold(bank, self.patcher, shape, self.patch.bank_size) for name, bank in self.patch.banks.items()}
@@ -97,8 +104,11 @@ class Run:
         """The sampler is about to start: the model is loaded, and the banks with it."""
         self.sampling, self.sigmas, self.mask = guider.inner_model.model_sampling, sigmas, mask
         self.picture = Picture(getattr(guider.inner_model, "latent_shapes", None))
+        self.fresh = sigmas is not None and float(sigmas[0]) >= 0.99 * float(self.sampling.percent_to_sigma(0.01))
+        self.exchanged = None
         self.offset, self.rows, self.lowest, self.highest = None, len(noise), math.inf, -math.inf
         self.rises = sigmas is not None and len(sigmas) > 1 and bool(sigmas[-1] > sigmas[0])
+        self.patch.begun = True
         self.report.steps.clear()
         self.report.notes[:] = [note for note, so in ((UNTOLD, sigmas is None), (RISES, self.rises)) if so and self.patch.on]
         denoiser = self._denoiser(guider, self.held)
@@ -110,6 +120,20 @@ class Run:
         bank = self.patch.denoiser.bank
         origin = bank and bank.metadata.get("origin")  # of a compressed bank: the picture that
         self.origin = origin and torch.tensor(json.loads(origin), device=noise.device)  # each prototype stands for
+
+    def end(self, finished: bool) -> None:
+        """It is over, or was stopped: the node tells what was done, and where nothing was, though it was meant, the log does too."""
+        if self.sampling is None:
+            return
+        if self.exchanged is not None and bool(self.exchanged):
+            self.note(EXCHANGED)
+            logging.warning("safe denoiser: %s", EXCHANGED)
+        if not finished and self.patch.on and self.sigmas is not None:
+            self.note(f"{STOPPED} {len(self.report.steps)} model calls of a schedule of {len(self.sigmas) - 1} steps")
+        elif finished and self.patch.meant and not self.report.steps and (self.sigmas is None or len(self.sigmas) > 1):
+            unsteered(self.report)
+        if self.report is self.patch.report:
+            self.live.end(self.report, self.patch.on)
 
     def note(self, text: str) -> None:
         if text and text not in self.report.notes:
@@ -166,6 +190,12 @@ class Run:
         safe_denoised = raw if step is None else picture.put(raw, found)
         return safe_denoised if reach is None else raw + reach * (safe_denoised - raw), step
 
+    def compare(self, denoiser: SafeDenoiser, mask, guides: dict) -> None:
+        """At the first call of a run from pure noise: do the banks' wires look exchanged? Asked of the device when the run is over."""
+        banks = denoiser.bank, denoiser.reference
+        if not self.report.steps and None not in banks and mask is None and self.fresh and "unconditional" in guides:
+            self.exchanged = looks_exchanged(*banks, self.picture.of(guides["unconditional"]))
+
     def record(self, step: Step | None) -> None:
         if step is None:
             return
@@ -173,6 +203,15 @@ class Run:
         self.report.steps.append(replace(step, nearest=nearest))
         if self.report is self.patch.report:  # an inner run is shown by the outer one
             self.live.show(self.report.steps)
+
+
+def unsteered(report: Report) -> None:
+    """Say loudly, on the node, in the report and in the log, that nothing was done."""
+    if UNSTEERED not in report.notes:
+        logging.error("safe denoiser: %s", UNSTEERED)
+        report.steps.clear()
+        report.notes[:] = [UNSTEERED]
+        Live().end(report, True)
 
 
 class Patch:
@@ -191,6 +230,7 @@ class Patch:
         self.denoiser, self.start, self.end, self.bank_size, self.connected = denoiser, start, end, bank_size, connected
         self.banks = {name: bank for name in ("bank", "retain", "reference") if (bank := getattr(denoiser, name)) is not None}
         self.on = denoiser.strength != 0
+        self.meant, self.begun = self.on and start < end, True
         self.given = connected if self.on and METHODS[denoiser.method].hears else {}
         self.check = ConditionCheck(self.given, self.banks) if check and "bank" in self.banks and "unwanted" in self.given else None
         self.report, self.runs = Report([], [], source()), WeakKeyDictionary()  # by guider: one never runs twice at a time
@@ -200,8 +240,11 @@ class Patch:
         patched, wrappers = hookable(model, [*self.given.values()]), comfy.patcher_extension.WrappersMP
         listen(patched, self.given)
         for where, wrapper in ((wrappers.OUTER_SAMPLE, self.outer_sample), (wrappers.PREPARE_SAMPLING, self.prepare_sampling),
-                               (wrappers.SAMPLER_SAMPLE, self.sampler_sample), (wrappers.PREDICT_NOISE, self.predict_noise)):
+                               (wrappers.SAMPLER_SAMPLE, self.sampler_sample), (wrappers.PREDICT_NOISE, self.predict_noise),
+                               (wrappers.APPLY_MODEL, self.apply_model)):
             patched.add_wrapper_with_key(where, KEY, wrapper)
+        patched.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, KEY, self.pre_run)
+        patched.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, KEY, self.cleanup)
         predict = patched.wrappers[wrappers.PREDICT_NOISE]  # the first is the outermost: a cache that skips the model must not skip us
         patched.wrappers[wrappers.PREDICT_NOISE] = {KEY: predict.pop(KEY), **predict}
         return patched
@@ -215,16 +258,22 @@ class Patch:
 
     @contextmanager
     def run_of(self, guider, noise: torch.Tensor):
-        """The run of this guider, until whoever asked first is through."""
-        known = self.runs.get(guider)
-        run = known if known and known.told else self.open(guider, noise, True)
+        """The run of this guider, until whoever asked first is through, and its calls steered. What hands itself to the sampler for
+        another guider, whose run has not begun, is in that run.
+        """
+        told = self.runs.get(guider)
+        known = told if told and told.told else next((run for run in self.runs.values() if run.told and run.sampling is None), None)
+        run = self.runs[guider] = known or self.open(guider, noise, True)
+        finished = False
         try:
-            yield run
+            with around(guider, self.predict_noise) if told is not run else nullcontext():
+                yield run
+            finished = True
         finally:
-            if run is not known:
+            if told is not run:
                 self.runs.pop(guider, None)
-                if run.sampling is not None and run.report is self.report:
-                    run.live.end(run.report)
+            if run is not known:
+                run.end(finished)
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
@@ -262,9 +311,35 @@ class Patch:
             run.begin(guider, x)
         return run
 
+    def apply_model(self, executor, *args, **kwargs):
+        """The network is asked. By whom, if no run was told of, and none is in the middle of a call?"""
+        if self.meant and not any(run.told or run.calling for run in self.runs.values()):
+            unsteered(self.report)
+        return executor(*args, **kwargs)
+
+    def pre_run(self, patcher) -> None:
+        """A callback of ComfyUI's: somebody samples."""
+        self.begun = False
+
+    def cleanup(self, patcher) -> None:
+        """The end of that, and there was no run."""
+        if self.meant and not self.begun and not any(run.told for run in self.runs.values()):
+            unsteered(self.report)
+
     def predict_noise(self, executor, x, timestep, model_options, *args, **kwargs):
+        """Steer one call; but not twice, where a guider's call leads to ComfyUI's wrappers."""
         guider = executor.class_obj
         run = self.now(guider, x, timestep)
+        if run.calling:
+            return executor(x, timestep, model_options, *args, **kwargs)
+        run.calling = True
+        try:
+            return self.steer(run, executor, x, timestep, model_options, *args, **kwargs)
+        finally:
+            run.calling = False
+
+    def steer(self, run: Run, executor, x, timestep, model_options, *args, **kwargs):
+        guider = executor.class_obj
         denoiser, witness = run.denoiser_for(guider, x), run.witness
         mask, level = run.mask_at(guider, timestep, model_options), forward_process(run.sampling, timestep, x.ndim)
         model_options, late, seen = watch(model_options, guider)
@@ -279,15 +354,16 @@ class Patch:
             run.offset = guides["unconditional"] - x
         elif not seen and run.offset is not None and run.offset.shape == x.shape:  # a cache skipped the model: go on as LazyCache does,
             guides = {"unconditional": x + run.offset}  # with the offset of the latest call
-        if seen and seen["cond"] is guider.conds.get("positive"):
-            shared.setdefault("conditional", seen["cond_denoised"])
+        if seen and seen["cond"] is guider.conds.get("positive", seen["cond"]):
+            shared.setdefault("conditional", predicted(seen, "cond"))
         raw, guides = shared.setdefault("predictions", (denoised, guides))
-        heard = witness.heard(shared, x, guides) if witness.given else {}
+        heard = witness.heard(guider, shared, x, guides, seen) if witness.given else {}
         if witness.missed:
             run.note(MISSED)
         if denoiser.method == "sld" and "unconditional" not in guides:
             run.note(UNGUIDED)
         reach = witness.reach(guider, x, timestep) if heard else None
+        run.compare(denoiser, mask, guides)
         begins = run.begins_step(timestep) if heard else True  # only rules that hear something ask
         safe_denoised, step = run.correct(denoiser, x, raw, level, mask, guides | heard, reach, begins)
         if raw is not denoised:

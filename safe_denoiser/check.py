@@ -52,18 +52,23 @@ class Checked:
 
 def check(clip: Clip, pictures: Tensor, unsafe: Tensor, names: Sequence[str], threshold: float, black: bool = False,
           retain: Tensor | None = None) -> Checked:
-    """Block each picture whose `likeness` to the negation set exceeds `threshold`.
+    """Block each picture whose `likeness` to the negation set exceeds `threshold`, or of which that cannot be said.
 
     Args:
         pictures: (B, H, W, 3) in [0, 1].
         unsafe: embeddings of the negation set (N, E). names: of its pictures. retain: embeddings of pictures that must pass (M, E).
         black: cover what is blocked with black; else it is blurred.
     """
-    found, row = likeness(torch.cat([clip.pixels(part).cpu() for part in pictures.split(BATCH)]), unsafe, retain)
-    blocked = found > threshold
+    embedded = [clip.pixels(part).cpu() for part in pictures.split(BATCH)] if len(pictures) else [unsafe[:0]]
+    found, row = likeness(torch.cat(embedded), unsafe, retain)
+    broken = ~pictures.flatten(1).isfinite().all(1).cpu() if len(pictures) else found.isnan()
+    blocked = broken | ~(found <= threshold)  # NaN is not
     covered = pictures.clone()
     for i in blocked.nonzero()[:, 0].tolist():
-        covered[i] = 0 if black else blur(pictures[i])
+        covered[i] = 0 if black or broken[i] else blur(pictures[i].float())
     said = "{:.3f} to {}, threshold {:.3f}" if retain is None else "{:+.3f} nearer to {} than to the retain set, threshold {:+.3f}"
     lines = [f"{'blocked' if stop else 'passed'}, {said.format(float(s), names[n], threshold)}" for stop, s, n in zip(blocked, found, row)]
+    for i in (broken | found.isnan()).nonzero()[:, 0].tolist():
+        what = "the picture holds NaN or infinity (VAE in too low a precision?)" if broken[i] else "the CLIP model gives NaN for it"
+        lines[i] = f"blocked, since nothing can be said of it: {what}"
     return Checked(pictures, blocked, covered, tuple(lines))

@@ -57,14 +57,21 @@ class Clip:
     def pixels(self, pictures: Tensor) -> Tensor:
         """Embeddings (B, E), fp32, of a batch of pictures (B, H, W, 3) in [0, 1]."""
         device = self.ready()
-        fitted = torch.stack([fit_picture(picture.to(device), (self.size, self.size), self.fit) for picture in pictures])
+        fitted = torch.stack([fit_picture(picture.to(device, torch.float32), (self.size, self.size), self.fit) for picture in pictures])
         fitted = ((fitted - self.mean.to(device)) / self.std.to(device)).movedim(-1, 1).to(self.dtype)
         return F.normalize(self.model.encode_image(fitted).float(), dim=1)
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings (M, E), fp32, on the CPU."""
-        return F.normalize(self.model.encode_text(self.tokenize(list(texts)).to(self.ready())).float(), dim=1).cpu()
+        """Embeddings (M, E), fp32, on the CPU.
+
+        Raises:
+            ValueError: they are no numbers.
+        """
+        found = F.normalize(self.model.encode_text(self.tokenize(list(texts)).to(self.ready())).float(), dim=1).cpu()
+        if not bool(found.isfinite().all()):
+            raise ValueError("the CLIP model gives NaN or infinity for a text; load it in higher precision")
+        return found
 
     def _path(self, fingerprint: str) -> Path:
         return self.cache.path(fingerprint, (self.size, self.size), self.fit)

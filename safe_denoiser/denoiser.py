@@ -19,7 +19,7 @@ from .places import InsideMasks, by_frames, by_windows
 from .prediction import Correction, Prediction, Step
 from .rule import Rule
 from .settings import Settings, require_choice, require_ranges
-from .view import View
+from .view import View, precision
 from .weights import ByWeight
 
 METHODS: dict[str, type[Rule]] = {"safe_denoiser": ByWeight, "spell": Spell, "official": OfficialSD1, "official_sd3": OfficialSD3,
@@ -172,7 +172,7 @@ class SafeDenoiser:
         shown = self.bank or self.view.other
         frames = partial(by_frames, item=shown.latents.shape[1:] if shown else x.shape[1:])
         shaped, restore = frames(denoised)
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = precision(self.view) or torch.promote_types(x.dtype, torch.float32)
         flat, predicted, *guides = (y if y is None else frames(y)[0].flatten(1).to(dtype)
                                     for y in (x, denoised, unconditional, conditional, unwanted, neutral))
         sigma, alpha = (rows(value, flat)[:, 0].expand(len(x)).repeat_interleave(len(flat) // len(x)) for value in (sigma, alpha))

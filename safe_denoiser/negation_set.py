@@ -1,5 +1,6 @@
 """NegationSet: image files -> fingerprints and lazily decoded pictures."""
 import hashlib
+import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -118,9 +119,10 @@ class NegationSet:
         """A set from decoded pictures: a batch (B, H, W, 3 or more) or a list of (H, W, 3 or more), values in [0, 1].
 
         Raises:
-            ValueError: no picture, or not of that shape.
+            ValueError: no picture, not of that shape, or not of numbers.
         """
         pictures = [picture.detach().float().cpu()[..., :3].clamp(0, 1) for picture in pixels]
+        require_numbers(pictures)
         if not pictures or any(picture.ndim != 3 or picture.shape[-1] != 3 for picture in pictures):
             shapes = [tuple(picture.shape) for picture in pictures]
             raise ValueError(f"pictures are {shapes}; need at least one, each (height, width, 3) with values in [0, 1]")
@@ -164,6 +166,14 @@ class NegationSet:
         return NegationSet(of(self.names), of(self.fingerprints), of(self.readers), weights=of(self.weights), latents=of(self.latents))
 
 
+def require_numbers(pictures: Sequence[torch.Tensor]) -> None:
+    """Raise where pictures hold NaN, as a VAE in too low a precision makes them."""
+    broken = [i for i, picture in enumerate(pictures) if not bool(picture.isfinite().all())]
+    if broken:
+        raise ValueError(f"images {broken[:10]} of {len(pictures)} hold NaN; leave them out, or decode them with the VAE in higher "
+                         f"precision (ComfyUI --fp32-vae)")
+
+
 def combine_sets(sets: Sequence[NegationSet], weights: Sequence[float] = ()) -> NegationSet:
     """One set with the pictures of all, in order.
 
@@ -174,7 +184,7 @@ def combine_sets(sets: Sequence[NegationSet], weights: Sequence[float] = ()) -> 
         ValueError: a negative weight, or no set with a weight above 0.
     """
     weights = tuple(weights) or (1.0,) * len(sets)
-    if any(weight < 0 for weight in weights) or not any(weights):
+    if any(not 0 <= weight < math.inf for weight in weights) or not any(weights):
         raise ValueError(f"weights of the sets are {list(weights)}; need numbers of 0 or more, and at least one above 0")
     kept = [(one, weight) for one, weight in zip(sets, weights) if weight > 0]
     each = [weight * own for one, weight in kept for own in one.weights or (1.0,) * len(one)]

@@ -16,6 +16,10 @@ from .sheets import thumbnail
 
 COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194), (23, 190, 207))
 
+UNSTEERED = ("NOTHING WAS STEERED, though strength is above 0: whoever sampled asked the model in a way that this node is not told of; "
+             "sample with KSampler or SamplerCustomAdvanced and one of ComfyUI's guiders")
+STOPPED = "stopped after"  # begins a note
+
 
 def live(step: Step, call: int) -> str:
     """One line about one step, while the run is on; reads from the device."""
@@ -71,10 +75,13 @@ class Report:
     @property
     def verdict(self) -> str:
         """One sentence: what happened, or why nothing did."""
-        s = self.summary
+        return "".join(f"{note}: " for note in self.notes if note.startswith(STOPPED)) + self._verdict(self.summary)
+
+    def _verdict(self, s: dict[str, float]) -> str:
         if not s["model_calls"]:
-            return ("no model call was recorded: strength is 0, or the sampler has not run yet, or its result was kept from before "
-                    "(connect its LATENT to this report)")
+            return UNSTEERED if UNSTEERED in self.notes else (
+                "no model call was recorded: strength is 0, or the sampler has not run yet, or its result was kept from before "
+                "(connect its LATENT to this report)")
         if s["fallbacks"]:
             return f"the model gave NaN or infinity {s['fallbacks']} times; those predictions were left as they were"
         if not s["corrected_calls"]:

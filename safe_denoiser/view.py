@@ -14,6 +14,12 @@ from .settings import TUNED_PARTS, Settings
 from .trust import between_neighbours, tells_apart
 
 
+def precision(view: "View") -> torch.dtype | None:
+    """In which all is computed, whatever x is in: that of the banks, in single precision or better; None where there is no bank."""
+    formats = {one.latents.dtype for one in (view.bank, view.retain, view.reference) if one is not None}
+    return (torch.float64 if torch.float64 in formats else torch.float32) if formats else None
+
+
 @dataclass(frozen=True, eq=False)
 class View:
     """What a rule compares a prediction with.
@@ -53,6 +59,10 @@ class View:
             raise ValueError(f"weight {weight!r} needs a reference bank or a retain bank; connect one or choose weight 'auto'")
         if self.semantic is not None and self.retain is None:
             raise ValueError("the semantic posterior needs a retain bank, towards which to steer; connect one")
+
+        for name in ("bank", "retain", "reference"):
+            if (one := getattr(self, name)) is not None and precision(self) == torch.float64 != one.latents.dtype:
+                object.__setattr__(self, name, one.to(dtype=torch.float64))
 
     @property
     def other(self) -> Bank | None:

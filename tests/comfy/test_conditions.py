@@ -137,7 +137,7 @@ def test_nothing_connected_adds_nothing(models, tiny, run):
 
     patched, _ = run("Apply", model=models["SD 3"], negation_bank=tiny.bank).result
     wrappers = comfy.patcher_extension.WrappersMP
-    kinds = (wrappers.OUTER_SAMPLE, wrappers.PREPARE_SAMPLING, wrappers.SAMPLER_SAMPLE, wrappers.PREDICT_NOISE)
+    kinds = (wrappers.OUTER_SAMPLE, wrappers.PREPARE_SAMPLING, wrappers.SAMPLER_SAMPLE, wrappers.PREDICT_NOISE, wrappers.APPLY_MODEL)
     assert {kind: len(found["safe_denoiser"]) for kind, found in patched.wrappers.items()} == dict.fromkeys(kinds, 1)
 
 

@@ -111,7 +111,8 @@ def test_banks_for_pictures_with_sound(sounding, run, pack):
                     batch_size=2).result[0]
     assert reference.latents.shape == (3, *SOUND.latent) and reference.latents.std() > 0
     assert image_size(sounding.latent, SimpleNamespace(spacial_compression_encode=lambda: 32)) == (128, 128)
-    on, report = run("Apply", model=sounding.model, negation_bank=reference, reference_bank=reference).result
+    negation = type(reference)(reference.latents[:2] + 1, metadata={"space": "vae"})
+    on, report = run("Apply", model=sounding.model, negation_bank=negation, reference_bank=reference).result
     sampled(on, sounding, batch=2)
     assert report.summary["model_calls"] == 2
 

@@ -73,7 +73,7 @@ def test_the_combo_lists_every_folder_with_pictures(pack, sets):
     options = pack["SafeDenoiserLoadNegationSet"].GET_SCHEMA().inputs[0].options
     assert options == ["people/alice", "tiny_ones_and_fours", "tiny_sevens", "tiny_trucks"]
     banks = pack["SafeDenoiserLoadNegationBank"].GET_SCHEMA().inputs[0].options
-    assert banks == ["tiny_reference.safetensors"]
+    assert banks == ["tiny_photos_reference.safetensors", "tiny_reference.safetensors"]
 
 
 def test_zip_files_and_saved_banks_are_sets(pack, run, tiny, sets, comfy):
