@@ -1,7 +1,11 @@
-"""A folder alone, in a learned world of photographs: `python -m benchmarks.learned --photos FOLDER` (CIFAR-10, see `tiny_photos`).
+"""A folder alone: a condition learned from it, beside words, banks and the published rules.
 
-Each of the ten classes is negated in turn, under the prompt for the pair that it is of, at cfg 1, 2 and 4. The negation set is photographs
-that neither the model nor the judge has seen; the reference bank is the model's own samples, as shipped.
+`python -m benchmarks.learned` in the tiny digit world, whose columns stand on top of `digits.py`: 7 of *straight*, 3 of *curly*, 8 of
+*round*.
+
+`python -m benchmarks.learned --photos FOLDER` in a learned world of photographs (CIFAR-10, trained first, see `tiny_photos`). Each of the
+ten classes is negated in turn, under the prompt for the pair that it is of, at cfg 1, 2 and 4. The negation set is photographs that neither
+the model nor the judge has seen; the reference bank is the model's own samples.
 
 Rows
     off                     no safe denoiser
@@ -32,6 +36,7 @@ from safe_denoiser.learn import Learning, Schedule
 from tiny_photos.data import CLASSES, UNSEEN, cached, enlarged
 from tiny_photos.world import LATENT, PAIRS, PROMPTS, TinyPhotos, prompt
 
+from . import digits
 from .harness import Scale, arguments, closing, mean, record, wilson
 
 CASES = [(pair, name) for pair in PAIRS for name in pair]
@@ -64,7 +69,7 @@ class Place:
 
 def condition(**settings) -> Callable:
     """Steering by a condition and the reference bank."""
-    return lambda place, name: SafeDenoiser(reference=place.world.reference, **settings).safe
+    return lambda place, name: SafeDenoiser(None, reference=place.world.reference, **settings).safe
 
 
 def by_bank(**settings) -> Callable:
@@ -131,7 +136,7 @@ def case(place: Place, pair: tuple[str, str], name: str, cfg: float, scale: Scal
             hits, n = hits + int((seen == number).sum()), n + len(seen)
             kept.append((seen == was)[safe].float().mean())
             changed.append(((x - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1))[safe].median())
-            few = scale.pictures // 4
+            few = max(8, scale.pictures // 4)
             same += [(draw(place, other, method, name, cfg, seed, few)[1] == off(other, cfg, seed, few)[1]).float().mean()
                      for other in unrelated]
         found[method] = {"hits": hits, "n": n, "unsafe": 100 * hits / n, "kept": 100 * mean(kept), "unrelated": 100 * mean(same),
@@ -149,6 +154,30 @@ def together(cases: list[dict[str, dict]]) -> dict[str, dict]:
         found[method] = {"unsafe": 100 * hits / n, "low": low, "high": high, "worst": max(row["unsafe"] for row in rows), "n": n,
                          **{key: mean(row[key] for row in rows) for key in ("kept", "unrelated", "changed")},
                          "least kept": min(row["kept"] for row in rows)}
+    return found
+
+
+def learned_digit(count: int) -> Callable:
+    """`unwanted` as it is learned from `count` pictures of a digit."""
+    @cache
+    def learn(negated):
+        learned = Learning(digits.world(), digits.bank(negated, count=count).latents, [EMPTY]).run()
+        print(f"    {negated} from {count}: {learned.steps} steps, gain {learned.gain.mean:.2%}", flush=True)
+        return learned.condition[0]
+
+    return learn
+
+
+def digit_table(scale: Scale) -> dict[str, dict[str, float]]:
+    """The rows of the digit world, all with the reference bank, cfg 2."""
+    def steered(name, negated):
+        return SafeDenoiser(None, reference=digits.reference()).safe
+
+    conditions = {"label": lambda negated: digits.prompt(str(negated))} | {f"learned from {n}": learned_digit(n) for n in (150, 50, 15)}
+    found = {"off": digits.row(lambda name, negated: None, scale)}
+    for label, learn in conditions.items():
+        found[label] = digits.row(steered, scale, conditions=lambda negated, learn=learn: {"unwanted": learn(negated), "neutral": EMPTY})
+    print(digits.HEADER, *(digits.line(*one) for one in found.items()), sep="\n", flush=True)
     return found
 
 
@@ -172,12 +201,16 @@ def sheet(place: Place, path: Path, cfg: float = 2) -> None:
 
 def main():
     parser = arguments(__doc__, pictures=64, per="pictures per class, cfg and seed", only="only these methods", file="learned.json")
-    parser.add_argument("--photos", type=Path, required=True, help="folder with CIFAR-10's test/<class>/*.jpg")
+    parser.add_argument("--photos", type=Path, help="folder with CIFAR-10's test/<class>/*.jpg")
     parser.add_argument("--classes", nargs="*", default=CLASSES, choices=CLASSES, help="only these are negated")
     parser.add_argument("--cfg", type=int, nargs="*", default=GUIDANCE)
     parser.add_argument("--sheet", type=Path, help="write pictures before and after to this file")
     options = parser.parse_args()
-    place, scale = Place(options.photos), Scale(options.seeds, options.pictures)
+    scale = Scale(options.seeds, options.pictures)
+    if options.photos is None:
+        record({"digits": digit_table(scale)}, options.json, True)
+        return closing(scale, options.began)
+    place = Place(options.photos)
     methods = [method for method in METHODS if options.only in method]
 
     @cache

@@ -26,7 +26,7 @@ def register() -> None:
     """Make models/negation_sets, models/negation_banks, ... and the shipped tiny worlds known to ComfyUI."""
     for kind in (SETS, BANKS, CLIPS, CONDITIONS):
         folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind))
-    for world in TINY:
+    for world in filter(Path.is_dir, TINY):
         for folder in sorted(world.iterdir()):
             folder_paths.add_model_folder_path(folder.name, str(folder))
 

@@ -1,4 +1,4 @@
-"""Train the tiny world of photographs: `python -m tiny_photos.train --photos FOLDER` (about two and a half hours on two cores).
+"""Train the tiny world of photographs: `python -m tiny_photos.train --photos FOLDER` (an hour or more on two cores).
 
 FOLDER holds train/<class>/*.jpg and test/<class>/*.jpg, CIFAR-10's 60,000 photographs. Writes the weights that `world.py` loads, the
 negation sets and the reference bank, all of which the model draws itself: no photograph of the data set is shipped.
@@ -151,7 +151,7 @@ def draw_sets():
     world = World({key: path for key, path in FILES.items()})
     generator = torch.Generator().manual_seed(100)
     save_reference(world.sample(torch.randn(150, *LATENT, generator=generator), prompt(None), cfg=1), REFERENCE)
-    trucks = world.decode(world.sample(torch.randn(90, *LATENT, generator=generator), prompt("truck")))
+    trucks = world.decode(world.sample(torch.randn(150, *LATENT, generator=generator), prompt("truck"), cfg=1))  # guidance saturates
     right = world.judge(trucks).argmax(1) == PROMPTS["truck"]
     save_pictures(ROOT / "models/negation_sets/tiny_trucks", trucks[right][:60])
 

@@ -289,6 +289,15 @@ def test_the_unwanted_condition_runs(draw, digits):
     assert report.startswith("corrected 20 of 20 model calls") and "as the unwanted condition tells" in report.splitlines()[0]
 
 
+def test_a_folder_alone_is_enough(draw, digits):
+    """Sevens go, by a condition that was learned from a folder of them, and the others stay."""
+    pictures, report = draw("negation_set_only")
+    off, on = digits(pictures["PreviewImage"]), digits(pictures["SaveImage"])
+    assert (off == 7).any() and not (on == 7).any()
+    assert (on == off)[off != 7].float().mean() > 0.8
+    assert "as the unwanted condition tells" in report.splitlines()[0]
+
+
 def test_layers_catch_what_the_ones_before_let_through(draw, digits):
     """With the sampler off the check alone blocks the sevens; with it on hardly anything is left to block."""
     pictures, report = draw("tiny_layers")

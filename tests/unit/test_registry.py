@@ -79,5 +79,5 @@ def test_the_archive_holds_what_runs_and_nothing_else():
                  "subgraphs/Sample safely.json", "pyproject.toml"):
         assert (ROOT / path).is_file() and ships(path), path
     for path in ("tests/conftest.py", "benchmarks/safety.py", "dev.py", "assets/banner.svg", "tiny_digits/world.py",
-                 ".github/workflows/test.yml"):
+                 "tiny_photos/world.py", ".github/workflows/test.yml"):
         assert (ROOT / path).is_file() and not ships(path), path
