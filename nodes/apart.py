@@ -86,8 +86,8 @@ class Apart:
         if self.network is not None:
             self.network.__dict__.update(state)
 
-    def ask(self, evaluate: Callable, conds: list[dict], model_options: dict) -> torch.Tensor:
-        """The prediction under a condition, of which neighbours take it for the prompt: `evaluate(conds, model_options)` of it alone."""
+    def ask(self, evaluate: Callable, conds: list[dict], model_options: dict, more: dict) -> torch.Tensor:
+        """The prediction under a condition: `evaluate(conds, model_options)` of it alone, with `more` options of the network."""
         options = comfy.patcher_extension.copy_nested_dicts(model_options.get("transformer_options", {}))
         with self._installed():
-            return evaluate([conds], {**model_options, "transformer_options": {**options, **self.options}})[0]
+            return evaluate([conds], {**model_options, "transformer_options": {**options, **self.options, **more}})[0]

@@ -134,6 +134,8 @@ class Beside(ContextHandlerABC):
         if self.called:  # of a neighbour that asks once more
             return self.handler.execute(calc_cond_batch, model, conds, x_in, timestep, model_options)
         self.called, conditions = True, self.guider.model_options[KEY]
+        prompt = self.guider.conds.get("positive") or conditions.prompt
+        place = next((i for i, own in enumerate(conds) if own is not None and own is prompt), 0)
         if conditions.apart:
             def evaluate(conds, options):
                 if self._windowed(model, conds, x_in, timestep, options):
@@ -142,11 +144,10 @@ class Beside(ContextHandlerABC):
 
             out = evaluate(conds, model_options)
             self.own = [(own, prediction.clone()) for own, prediction in zip(conds, out) if own is not None]
-            self.found = {key: conditions.apart[key].ask(evaluate, asked, model_options) for key, asked in self.asked.items()}
+            more = {KEY: {0: place}}
+            self.found = {key: conditions.apart[key].ask(evaluate, asked, model_options, more) for key, asked in self.asked.items()}
             return out
         more = [*conds, *self.asked.values()]
-        prompt = self.guider.conds.get("positive") or conditions.prompt
-        place = next((i for i, own in enumerate(conds) if own is not None and own is prompt), 0)
         seen_as = {len(conds) + i: place for i in range(len(self.asked))}
         options = {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), KEY: seen_as}}
         if self._windowed(model, more, x_in, timestep, options):

@@ -79,7 +79,8 @@ def cached_on_the_network(model, every=2):
         x, parts = args["input"], []
         out = None
         for k, place in enumerate(args["cond_or_uncond"]):
-            state, rows = network.tea[place], slice(k * len(x) // len(args["cond_or_uncond"]), (k + 1) * len(x) // len(args["cond_or_uncond"]))
+            size = len(x) // len(args["cond_or_uncond"])
+            state, rows = network.tea[place], slice(k * size, (k + 1) * size)
             if state["calls"] % every == 0:
                 out = apply_model(x, args["timestep"], **args["c"]) if out is None else out
                 state["residual"] = out[rows] - x[rows]
