@@ -148,12 +148,12 @@ class LoadNegationBank(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, bank):
-        return folders.problem(folders.BANKS, bank)
+    def validate_inputs(cls, bank=None):
+        return folders.choice_problem(folders.BANKS, bank)
 
     @classmethod
-    def fingerprint_inputs(cls, bank):
-        return folders.state(folders.resolve(folders.BANKS, bank))
+    def fingerprint_inputs(cls, bank=None):
+        return folders.choice_state(folders.BANKS, bank)
 
     @classmethod
     def execute(cls, bank) -> io.NodeOutput:

@@ -82,12 +82,12 @@ class LoadOpenCLIP(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, weights):
-        return weights == BY_TAG or folders.problem(folders.CLIPS, weights)
+    def validate_inputs(cls, weights=None):
+        return weights == BY_TAG or folders.choice_problem(folders.CLIPS, weights)
 
     @classmethod
-    def fingerprint_inputs(cls, weights, **_):
-        return None if weights == BY_TAG else folders.state(folders.resolve(folders.CLIPS, weights))
+    def fingerprint_inputs(cls, weights=None, **_):
+        return None if weights == BY_TAG else folders.choice_state(folders.CLIPS, weights)
 
     @classmethod
     def execute(cls, weights, architecture, pretrained, allow_download) -> io.NodeOutput:

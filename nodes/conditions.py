@@ -8,6 +8,8 @@ import comfy.samplers
 import torch
 from comfy.context_windows import ContextHandlerABC
 
+from .apart import Apart, patched_by_neighbours
+
 KEY, HANDLER = "safe_denoiser_conditions", "context_handler"
 SHOWN = ("concat_latent_image", "concat_mask", "reference_latents", "clip_vision_output", "vace_frames", "vace_mask", "vace_strength")
 
@@ -49,6 +51,7 @@ class Conditions:
     def __init__(self):
         self.given: dict[int, list[dict]] = {}
         self.processed: dict[int, list[dict]] = {}
+        self.apart: dict[int, Apart] = {}  # where neighbours patch the network
         self.prompt: list[dict] | None = None  # of the guider's own conditions, the one that guidance takes for the prompt
 
     def add(self, guider, conditionings: list, hook_mode) -> None:
@@ -77,7 +80,7 @@ class Conditions:
         guider.model_patcher.register_all_hook_patches(hooks, target, options, known)  # all weights anew: it starts from none
         options["registered_hooks"] = known
 
-    def process(self, guider, noise, latent_image, denoise_mask, seed) -> None:
+    def process(self, guider, noise, latent_image, denoise_mask, seed, model_options: dict) -> None:
         """What CFGGuider.inner_sample does before the sampler starts; later patches find it done."""
         if self.processed:
             return
@@ -93,6 +96,8 @@ class Conditions:
                 for cond in own:
                     comfy.samplers.create_cond_with_same_area_if_none(conds, cond)
             self.processed[key] = self._controlled(conds, positive)
+        if patched_by_neighbours(model, guider.model_patcher, model_options):
+            self.apart = {key: Apart(model, model_options) for key in self.given}
 
     @staticmethod
     def _controlled(conds: list[dict], positive: list[dict]) -> list[dict]:
@@ -128,9 +133,21 @@ class Beside(ContextHandlerABC):
     def execute(self, calc_cond_batch, model, conds, x_in, timestep, model_options):
         if self.called:  # of a neighbour that asks once more
             return self.handler.execute(calc_cond_batch, model, conds, x_in, timestep, model_options)
-        self.called, more = True, [*conds, *self.asked.values()]
-        prompt = self.guider.conds.get("positive") or self.guider.model_options[KEY].prompt
+        self.called, conditions = True, self.guider.model_options[KEY]
+        prompt = self.guider.conds.get("positive") or conditions.prompt
         place = next((i for i, own in enumerate(conds) if own is not None and own is prompt), 0)
+        if conditions.apart:
+            def evaluate(conds, options):
+                if self._windowed(model, conds, x_in, timestep, options):
+                    return self.handler.execute(calc_cond_batch, model, conds, x_in, timestep, options)
+                return calc_cond_batch(model, conds, x_in, timestep, options)
+
+            out = evaluate(conds, model_options)
+            self.own = [(own, prediction.clone()) for own, prediction in zip(conds, out) if own is not None]
+            more = {KEY: {0: place}}
+            self.found = {key: conditions.apart[key].ask(evaluate, asked, model_options, more) for key, asked in self.asked.items()}
+            return out
+        more = [*conds, *self.asked.values()]
         seen_as = {len(conds) + i: place for i in range(len(self.asked))}
         options = {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), KEY: seen_as}}
         if self._windowed(model, more, x_in, timestep, options):
@@ -195,13 +212,14 @@ class Witness:
     """The conditions of one run, `unwanted` and `neutral`: asked in each model call, and what the model predicted under them."""
 
     def __init__(self, given: dict[str, list]):
-        self.given, self.missed = given, False
+        self.given, self.missed, self.apart = given, False, False
         self.offsets: dict[str, torch.Tensor] = {}
 
-    def begin(self, guider, noise, latent_image, denoise_mask, seed) -> None:
+    def begin(self, guider, noise, latent_image, denoise_mask, extra_args: dict) -> None:
         conditions = guider.model_options.get(KEY)
         if conditions is not None:
-            conditions.process(guider, noise, latent_image, denoise_mask, seed)
+            conditions.process(guider, noise, latent_image, denoise_mask, extra_args.get("seed"), extra_args.get("model_options", {}))
+            self.apart = bool(conditions.apart)
 
     def on(self, guider, timestep: torch.Tensor) -> dict[int, list[dict]]:
         """By key, those of its conditions that say something at this noise level."""

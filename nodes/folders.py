@@ -1,5 +1,6 @@
 """Where sets, banks and caches live: under ComfyUI's own directories, never elsewhere."""
 import logging
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -12,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..safe_denoiser import NegationSet, load_bank
 from ..safe_denoiser.clip_files import CONFIG
-from ..safe_denoiser.pictures import EXTENSIONS, printable, state_of
+from ..safe_denoiser.decoding import EXTENSIONS
+from ..safe_denoiser.pictures import printable, state_of
 
 PACKED, WEIGHTS = {".zip", ".safetensors"}, {".safetensors", ".bin", ".pt", ".pth"}
 SETS, BANKS, CLIPS, CONDITIONS = "negation_sets", "negation_banks", "open_clip", "unwanted_conditions"
@@ -173,6 +175,16 @@ def problem(kind: str, name: str) -> bool | str:
         return True
     except (ValueError, FileNotFoundError) as error:
         return str(error)
+
+
+def choice_problem(kind: str, name: str | None) -> bool | str:
+    """The same for a node: what comes by a wire is None until it runs, and is checked then."""
+    return name is None or problem(kind, name)
+
+
+def choice_state(kind: str, name: str | None) -> list | float:
+    """What `fingerprint_inputs` wants: the `state` of a choice; NaN, which is never the same, of what comes by a wire."""
+    return math.nan if name is None else state(resolve(kind, name))
 
 
 def state(path: Path) -> list:

@@ -59,12 +59,12 @@ class LoadNegationSet(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder):
-        return folders.problem(folders.SETS, folder)
+    def validate_inputs(cls, folder=None):
+        return folders.choice_problem(folders.SETS, folder)
 
     @classmethod
-    def fingerprint_inputs(cls, folder, **_):
-        return folders.state(folders.resolve(folders.SETS, folder))
+    def fingerprint_inputs(cls, folder=None, **_):
+        return folders.choice_state(folders.SETS, folder)
 
     @classmethod
     def execute(cls, folder, max_images, preview) -> io.NodeOutput:
@@ -83,14 +83,15 @@ class NegationSetFromImages(io.ComfyNode):
             **PREVIEWS, **found_by("negative image", "avoid image", "forget image", "ban"),
             description="A negation set from pictures in the graph, such as ones the model itself made from an unsafe prompt, as the "
                         "paper did.",
-            inputs=[io.Image.Input("images", tooltip="Batch of pictures; each one becomes an item of the set."), preview_input()],
+            is_input_list=True,  # Load Image (from Folder) gives a list: one set of all, not a set, a bank and a sampling for each
+            inputs=[io.Image.Input("images", tooltip="Batch or list of pictures; each one becomes an item of the set."), preview_input()],
             outputs=[NegationSetType.Output(display_name="negation_set", tooltip="The pictures.")],
         )
 
     @classmethod
     def execute(cls, images, preview) -> io.NodeOutput:
-        negation_set = NegationSet.from_images(images)
-        return io.NodeOutput(negation_set, ui=contact_sheet(negation_set, "images", preview, cls))
+        negation_set = NegationSet.from_images([picture for batch in images for picture in batch])
+        return io.NodeOutput(negation_set, ui=contact_sheet(negation_set, "images", preview[0], cls))
 
 
 class CombineNegationSets(io.ComfyNode):

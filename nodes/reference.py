@@ -11,7 +11,7 @@ from ..safe_denoiser.trust import SAMPLED
 from . import folders
 from .bank import parts_of, picture_stream, require_pictures, resizing
 from .fingerprint import fingerprint, fingerprint_model
-from .types import CATEGORY, NegationBankType, found_by
+from .types import CATEGORY, NegationBankType, found_by, wrong_wire
 
 
 def sample_bank(model, conditioning, streams, count, seed, steps, sampler_name, scheduler, batch_size, cache: LatentCache) -> Bank:
@@ -91,6 +91,10 @@ class SampleReferenceBank(io.ComfyNode):
             ],
             outputs=[NegationBankType.Output(display_name="reference_bank", tooltip="The model's own samples, for reference_bank inputs.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, input_types):
+        return wrong_wire(cls, input_types)
 
     @classmethod
     def execute(cls, model, latent, conditioning, count, seed, steps, sampler_name, scheduler, batch_size) -> io.NodeOutput:

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..safe_denoiser.denoiser import METHODS, SafeDenoiser
 from ..safe_denoiser.settings import WEIGHTS
 from .steer import patch
-from .types import CATEGORY, NegationBankType, ReportType, SemanticType, found_by
+from .types import CATEGORY, NegationBankType, ReportType, SemanticType, found_by, wrong_wire
 
 
 def bank_inputs() -> list[io.Input]:
@@ -141,6 +141,10 @@ class SafeKSampler(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent."), ReportType.Output(display_name="report", tooltip=OUTPUT_REPORT)],
         )
+
+    @classmethod
+    def validate_inputs(cls, input_types):
+        return wrong_wire(cls, input_types)
 
     @classmethod
     def execute(cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, method, strength,

@@ -25,6 +25,7 @@ from .runs import remember, remembered, source
 KEY = "safe_denoiser"
 MISSED = "the unwanted condition was not evaluated in some model calls: the guider, or a node beside this one, asks the model its own way"
 UNTOLD = "the sampler was started without a word to this node: a mask, if there is one, is not known, and whole pictures are compared"
+APART = "another pack patches the network, so the unwanted condition is asked of it in a call of its own, which takes its time at each step"
 RISES = "the noise rises from step to step (unsampling): nothing is steered, so that sampling again can lead elsewhere"
 MIDWAY = "the run begins in the middle of a schedule, and its earlier part is not known here: what the prompt asks for is judged anew"
 UNGUIDED = "there is no guidance (cfg 1), and safe latent diffusion is a part of it: nothing is done"
@@ -295,10 +296,12 @@ class Patch:
         picture = Picture(getattr(guider.inner_model, "latent_shapes", None))
         with self.run_of(guider, picture.of(noise)) as run:
             run.begin(guider, noise, sigmas, denoise_mask)
-            run.witness.begin(guider, noise, latent_image, denoise_mask, extra_args.get("seed"))
+            run.witness.begin(guider, noise, latent_image, denoise_mask, extra_args)
+            if run.witness.apart and self.meant:
+                run.note(APART)
             began = time.monotonic()
             samples = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
-            if self.check and run.report is self.report and run.report.steps and picture.shape is None:
+            if self.check and run.report is self.report and run.report.steps and picture.shape is None and not run.witness.apart:
                 run.note(self.check.after(time.monotonic() - began, guider, extra_args.get("model_options", {}), run.held, noise.device))
             return samples
 

@@ -1,5 +1,6 @@
 """The pack's wire types."""
 from comfy_api.latest import io
+from comfy_execution.validation import validate_node_input
 
 CATEGORY = "safe denoiser"
 
@@ -14,6 +15,17 @@ SemanticType = io.Custom("SEMANTIC_POSTERIOR")
 def _known(**fields) -> dict:
     """Those fields of a schema that this ComfyUI has."""
     return {key: value for key, value in fields.items() if key in io.Schema.__dataclass_fields__}
+
+
+def wrong_wire(node: type[io.ComfyNode], received: dict[str, str | list]) -> bool | str:
+    """What `validate_inputs` wants of the types that are connected: True, or what is wrong. Older ComfyUI refuses the lists of choices of
+    nodes that select one (a sampler, a schedule), which its own KSampler takes.
+    """
+    for one in node.define_schema().inputs:
+        found = received.get(one.id, one.get_io_type())
+        if not (isinstance(found, list) and isinstance(one, io.Combo.Input)) and not validate_node_input(found, one.get_io_type()):
+            return f"{one.id} takes {one.get_io_type()}, and {found} is connected"
+    return True
 
 
 PREVIEWS = _known(has_intermediate_output=True)  # of a node that shows something and is no output: kept when the page is loaded again

@@ -5,6 +5,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
+from .decoding import EXTENSIONS, SIDE, never_read, not_read
 from .pictures import LARGEST, File, examine, printable, state_of
 
 
@@ -12,6 +13,12 @@ def natural(name: str) -> list:
     """Sort key: picture_2 before picture_10."""
     parts = re.split(r"(\d+)", name)  # text and digits in turn
     return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part.lower() for i, part in enumerate(parts)]
+
+
+def is_beside(name: str) -> bool:
+    """Whether a file is none that anybody takes for a picture of the set: hidden, or a text beside the pictures."""
+    suffix = PurePosixPath(name).suffix.lower()
+    return name.startswith("._") or name.startswith(".") and suffix not in EXTENSIONS or suffix in SIDE
 
 
 def in_folder(path: Path, folder: Path) -> tuple[File | str, int]:
@@ -22,6 +29,10 @@ def in_folder(path: Path, folder: Path) -> tuple[File | str, int]:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # to read a pipe or a device would never end
             return "not a file", 0
+        if status.st_size > LARGEST:
+            return f"larger than {LARGEST >> 20} MB", 0
+        if never_read(path.name):
+            return not_read(path.name), 0
         return File(path, state_of(path)), status.st_size
     except FileNotFoundError:
         return "broken link", 0
@@ -39,6 +50,8 @@ def in_zip(path: Path, member: zipfile.ZipInfo, state: tuple[int, ...]) -> tuple
         return "encrypted; make the zip file without a password", 0
     if member.file_size > LARGEST:
         return f"larger than {LARGEST >> 20} MB", 0
+    if never_read(member.filename):
+        return not_read(member.filename), 0
     return File(path, state, member.filename), member.file_size
 
 

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from .listing import in_folder, in_zip, natural, readable
-from .pictures import EXTENSIONS, File, archive, printable, state_of
+from .listing import in_folder, in_zip, is_beside, natural, readable
+from .pictures import File, archive, printable, state_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class NegationSet:
         if not folder.is_dir():
             raise FileNotFoundError(f"negation set folder {folder.name!r} does not exist; create {folder} "
                                     f"and put the pictures that must not come out into it")
-        files = sorted((file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and not file.is_dir()),
+        files = sorted((file for file in folder.iterdir() if not is_beside(file.name) and not file.is_dir()),
                        key=lambda file: natural(file.name))
         return cls._of(f"folder {folder.name!r}", f"put PNG, JPEG or WebP files into {folder}",
                        ((file.name, in_folder(file, folder)) for file in files), len(files), max_images, progress)
@@ -82,8 +82,7 @@ class NegationSet:
             members = archive(path, state).infolist()
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
             raise ValueError(f"negation set {path.name!r} is not a readable zip file ({error}); make or copy it again") from error
-        pictures = {m.filename: m for m in members if PurePosixPath(m.filename).suffix.lower() in EXTENSIONS | {".zip"} and not m.is_dir()
-                    and not PurePosixPath(m.filename).name.startswith("._")}  # what macOS adds
+        pictures = {m.filename: m for m in members if not is_beside(PurePosixPath(m.filename).name) and not m.is_dir()}
         return cls._of(f"zip file {path.name!r}", f"put PNG, JPEG or WebP files into {path}",
                        ((name, in_zip(path, pictures[name], state)) for name in sorted(pictures, key=natural)), len(pictures), max_images,
                        progress)

@@ -1,7 +1,6 @@
-"""Picture files, on disk or inside a zip file: which are readable, and their pixels."""
+"""Picture files, on disk or inside a zip file: what is in them, and which are readable."""
 import hashlib
 import io
-import math
 import os
 import re
 import warnings
@@ -10,17 +9,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import UnidentifiedImageError
 
-# What Pillow may open, by the name of its decoder: others start programs (PostScript), or need them.
-DECODERS = {"PNG": ".png .apng", "JPEG": ".jpg .jpeg .jfif", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "TIFF": ".tif .tiff",
-            "AVIF": ".avif", "PPM": ".ppm .pgm", "JPEG2000": ".jp2", "TGA": ".tga", "ICO": ".ico"}
-EXTENSIONS = frozenset(" ".join(DECODERS.values()).split())
+from .decoding import decode, loaded, not_read
+
 LARGEST = 2**28  # bytes of a file, or of what a member of a zip file unpacks to: more is not a picture
-PIXELS = 2**27  # of a picture: decoded it takes 12 bytes for each, 1.6 GB
 LONGEST = 200  # characters of a name that are shown
 
 
@@ -128,57 +123,10 @@ class File:
 
     def reason(self, error: Exception) -> str:
         name = printable(self.member or self.path.name)
+        if isinstance(error, UnidentifiedImageError):
+            return not_read(name)
         text = re.sub(r"<_io.BytesIO object at 0x[0-9a-f]+>", repr(name), str(error)).replace(str(self.path), name)
         return f"{type(error).__name__}: {printable(text)}"
-
-
-def opened(data: bytes) -> Image.Image:
-    """A picture of which nothing is decoded yet.
-
-    Raises:
-        ValueError: more than PIXELS, or what Pillow raises for files it cannot read.
-    """
-    Image.init()
-    picture = Image.open(io.BytesIO(data), formats=[name for name in DECODERS if name in Image.OPEN])
-    if picture.width * picture.height > PIXELS:
-        raise ValueError(f"{picture.width} x {picture.height} pixels, more than {PIXELS >> 20} million")
-    return picture
-
-
-def decode(data: bytes) -> torch.Tensor:
-    """The picture as a viewer shows it: first frame, EXIF rotation applied, transparency on white, 16 bit kept.
-
-    Returns:
-        (H, W, 3) float32 in [0, 1].
-
-    Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: what Pillow raises for files it cannot read.
-    """
-    with opened(data) as first:
-        first.seek(0)
-        picture = ImageOps.exif_transpose(first)
-        if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit grey: Pillow would clip it at 255
-            grey = np.asarray(picture, dtype=np.float32) / (1.0 if picture.mode == "F" else 65535.0)
-            return torch.from_numpy(grey).nan_to_num(0).clamp(0, 1)[:, :, None].expand(-1, -1, 3)
-        if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32) / 255)
-
-
-def write(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, fill: str, size: int, anchor: str = "la",
-          width: float = math.inf) -> None:
-    """Text on a picture, cut short with an ellipsis where a line of it is wider than `width`; anchors as Pillow names them."""
-    try:
-        font = ImageFont.load_default(size)
-    except TypeError:  # Pillow before 10.1: one small font, which knows Latin letters only and no anchors
-        font, text = ImageFont.load_default(), text.encode("latin-1", "replace").decode("latin-1")
-        right, lower = font.getbbox(text)[2:] if anchor != "la" else (0, 0)
-        place = place[0] - {"l": 0, "m": right / 2, "r": right}[anchor[0]], place[1] - {"a": 0, "m": lower / 2, "d": lower}[anchor[1]]
-        anchor = "la"
-    while width < math.inf and font.getlength(text) > width:
-        text = text[:-4] + "..."
-    draw.text(place, text, fill, font, anchor)
 
 
 def blur(pixels: torch.Tensor) -> torch.Tensor:
@@ -196,9 +144,7 @@ def examine(file: File) -> tuple[str, str]:
             return "", "empty file"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings about odd metadata would flood the console
-            with opened(data) as picture:
-                picture.draft("RGB", (64, 64))  # JPEG decodes at 1/8 size: finds truncation at a fraction of the cost
-                picture.load()
+            loaded(data, quick=True).close()
         return hashlib.sha256(data).hexdigest(), ""
     except Exception as error:  # a damaged file makes Pillow's plugins raise nearly anything
         return "", file.reason(error)

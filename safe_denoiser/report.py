@@ -10,9 +10,8 @@ from PIL import Image, ImageDraw
 from torch.nn.utils.rnn import pad_sequence
 
 from .negation_set import NegationSet
-from .pictures import write
 from .prediction import Step
-from .sheets import thumbnail
+from .sheets import thumbnail, write
 
 COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194), (23, 190, 207))
 

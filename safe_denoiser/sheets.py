@@ -1,10 +1,26 @@
 """What a set looks like: contact sheets and thumbnails, blurred by default, since sets hold what people do not want to see."""
+import math
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .negation_set import NegationSet
-from .pictures import blur, printable, write
+from .pictures import blur, printable
+
+
+def write(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, fill: str, size: int, anchor: str = "la",
+          width: float = math.inf) -> None:
+    """Text on a picture, cut short with an ellipsis where a line of it is wider than `width`; anchors as Pillow names them."""
+    try:
+        font = ImageFont.load_default(size)
+    except TypeError:  # Pillow before 10.1: one small font, which knows Latin letters only and no anchors
+        font, text = ImageFont.load_default(), text.encode("latin-1", "replace").decode("latin-1")
+        right, lower = font.getbbox(text)[2:] if anchor != "la" else (0, 0)
+        place = place[0] - {"l": 0, "m": right / 2, "r": right}[anchor[0]], place[1] - {"a": 0, "m": lower / 2, "d": lower}[anchor[1]]
+        anchor = "la"
+    while width < math.inf and font.getlength(text) > width:
+        text = text[:-4] + "..."
+    draw.text(place, text, fill, font, anchor)
 
 
 def describe(negation_set: NegationSet, title: str) -> str:

@@ -44,7 +44,10 @@ def run(pack):
     def call(node_id, **inputs):
         node = pack[f"SafeDenoiser{node_id}"]
         defaults = {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
-        output = node.EXECUTE_NORMALIZED(**{**defaults, **inputs})
+        given = {**defaults, **inputs}
+        if node.GET_SCHEMA().is_input_list:
+            given = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+        output = node.EXECUTE_NORMALIZED(**given)
         return SimpleNamespace(result=output.args, ui=output.ui)
     return call
 

@@ -56,6 +56,7 @@ def counted(model):
         rows.append(len(x))
         return executor(x, *args, **kwargs)
 
+    count.__module__ = "comfy.counted"  # as ComfyUI's own: beside another pack's the conditions have calls of their own
     model.add_wrapper(comfy.patcher_extension.WrappersMP.APPLY_MODEL, count)
     return model, rows
 
@@ -408,8 +409,9 @@ def test_a_controlnet_of_its_own(models, tiny, run, conditions, heard):
     agrees(model, heard, "unwanted", controlled(conditions("SD 1.5")[0], control_net(-0.5)), shape)
 
 
-def test_patches_inside_the_model_take_it_for_the_positive_prompt(models, tiny, run, conditions):
-    """Image prompts and the like look up what to add by the place in the batch, and know two places."""
+@pytest.mark.parametrize("whose", ["comfy_extras.nodes_own", "another pack"])
+def test_patches_inside_the_model_take_it_for_the_positive_prompt(whose, models, tiny, run, conditions):
+    """Image prompts and the like look up what to add by the place in the batch, and know two places; those of other packs one prompt."""
     shape, prompts, *_ = setting("SD 1.5", models["SD 1.5"], tiny)
     for kind, wanted in (("CFGGuider", [0, 0, 1]), ("CFGGuider, cfg 1", [0, 0]), ("DualCFGGuider nested", [0, 1, 2, 2])):
         seen, model = [], models["SD 1.5"].clone()
@@ -418,10 +420,15 @@ def test_patches_inside_the_model_take_it_for_the_positive_prompt(models, tiny, 
             seen.append(sorted(extra_options["cond_or_uncond"]))
             return q, k, v
 
+        look.__module__ = whose
         model.set_model_attn2_patch(look)
         patched, _ = run("Apply", model=model, unwanted=conditions("SD 1.5")[0]).result
         sample(guided(kind, patched, prompts), shape, steps=1)
-        assert seen and all(one == wanted for one in seen)
+        if whose == "another pack":
+            apart = [wanted[-1] if "nested" in kind else 0]
+            assert apart in seen and sorted([*seen[0], *seen[-1]]) == wanted and all(one in (seen[0], apart) for one in seen)
+        else:
+            assert seen and all(one == wanted for one in seen)
 
 
 # --- where and when it speaks --------------------------------------------------------------------------------------

@@ -102,8 +102,13 @@ def evaluated(prompts):
         import comfy.patcher_extension
 
         rows, model = [], model.clone()
-        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "count",
-                                   lambda executor, x, *args, **kwargs: rows.append(len(x)) or executor(x, *args, **kwargs))
+
+        def counted(executor, x, *args, **kwargs):
+            rows.append(len(x))
+            return executor(x, *args, **kwargs)
+
+        counted.__module__ = "comfy.counted"
+        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "count", counted)
         sample(guider(model, prompts), steps=4, batch=1)
         return sum(rows)
 

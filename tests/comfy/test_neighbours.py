@@ -1,5 +1,6 @@
 """Neighbours as other packs' users have them, in a few lines each: what the core hears is the model's own, whatever they do beside it."""
 import pytest
+import torch
 from test_conditions import agrees, conditions, counted, heard, models  # noqa: F401 fixtures
 from test_guiders import guided, sample, setting
 
@@ -64,3 +65,128 @@ def test_predictions_that_are_edited_in_place(neighbour, by, after, kind, applie
     told = prompts[1] if by == "bank" and kind != "CFGGuider" else prompts[0]  # guidance of two prompts starts from the second
     agrees(models["SD 3"], heard, "conditional", told, shape)
     agrees(models["SD 3"], heard, "unconditional", prompts[2] if kind != "CFGGuider" else prompts[1], shape)
+
+
+# --- neighbours inside the model, which know two conditions, or keep what they cache by place in the batch -----------
+
+def cached_on_the_network(model, every=2):
+    """As TeaCache: each other call is skipped, with what the latest left on the network for the same place in the batch."""
+    model, network = model.clone(), model.model.diffusion_model
+
+    def wrapper(apply_model, args):
+        if not hasattr(network, "tea"):
+            network.tea = {place: {"calls": 0, "residual": None} for place in (0, 1)}
+        x, parts = args["input"], []
+        out = None
+        for k, place in enumerate(args["cond_or_uncond"]):
+            size = len(x) // len(args["cond_or_uncond"])
+            state, rows = network.tea[place], slice(k * size, (k + 1) * size)
+            if state["calls"] % every == 0:
+                out = apply_model(x, args["timestep"], **args["c"]) if out is None else out
+                state["residual"] = out[rows] - x[rows]
+            state["calls"] += 1
+            parts.append(x[rows] + state["residual"])
+        return torch.cat(parts)
+
+    model.set_model_unet_function_wrapper(wrapper)
+    return model
+
+
+def cached_in_options(model):
+    """The same, kept in the options of the run."""
+    model, found = cached_on_the_network(model), model.model.diffusion_model
+    inner = model.model_options["model_function_wrapper"]
+
+    def wrapper(apply_model, args):
+        found.tea = args["c"]["transformer_options"]["tea"]
+        try:
+            return inner(apply_model, args)
+        finally:
+            del found.tea
+
+    model.model_options["transformer_options"]["tea"] = {place: {"calls": 0, "residual": None} for place in (0, 1)}
+    model.set_model_unet_function_wrapper(wrapper)
+    return model
+
+
+def two_places(model):
+    """As InstantX's IP-Adapter: something of its own for the prompt and for the negative prompt."""
+    model, shifts = model.clone(), [0.02, -0.02]
+
+    def wrapper(apply_model, args):
+        shift = torch.tensor([shifts[place] for place in args["cond_or_uncond"]]).repeat_interleave(
+            len(args["input"]) // len(args["cond_or_uncond"])).view(-1, 1, 1, 1)
+        return apply_model(args["input"], args["timestep"], **args["c"]) + shift
+
+    model.set_model_unet_function_wrapper(wrapper)
+    return model
+
+
+def one_prompt(model):
+    """As AttentionCouple: takes what the prompt's rows are for one group."""
+    model = model.clone()
+
+    def patch(executor, x, *args, **kwargs):
+        places = kwargs["transformer_options"]["cond_or_uncond"]
+        assert places.count(0) <= 1 and set(places) <= {0, 1}, places
+        return executor(x, *args, **kwargs)
+
+    import comfy.patcher_extension
+    model.add_wrapper(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, patch)
+    return model
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch):
+    """ComfyUI on a machine with little memory: one condition per call."""
+    import comfy.samplers
+
+    def low(on):
+        if on:
+            monkeypatch.setattr(comfy.samplers, "can_concat_cond", lambda one, other: one is other)
+    return low
+
+
+@pytest.fixture(autouse=True)
+def clean(models):  # noqa: F811
+    yield
+    models["SD 3"].model.diffusion_model.__dict__.pop("tea", None)
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("neighbour", [cached_on_the_network, cached_in_options, two_places, one_prompt])
+def test_neighbours_inside_the_model(neighbour, after, low, applied, models, conditions, heard, tiny, one_at_a_time, run):  # noqa: F811
+    """Their own predictions stay what they were, and ours is the model's under this condition, as the neighbour makes it of a prompt."""
+    one_at_a_time(low)
+    patched, report, shape, prompts = applied("unwanted", neighbour, after)
+    for _ in range(2):
+        heard.clear()
+        models["SD 3"].model.diffusion_model.__dict__.pop("tea", None)
+        result = sample(guided("CFGGuider", patched, prompts), shape)[1]
+        assert report.summary["corrected_calls"] == 4 and report.summary["correction"] > 1e-3 and torch.isfinite(result).all()
+        assert [note.startswith("another pack patches the network") for note in report.notes] == [True]
+        told = [call.guides for call in heard]
+        assert all(set(one) == {"unwanted", "conditional", "unconditional"} for one in told)
+        apart = [float((one["unwanted"] - one["conditional"]).norm()) for one in told]
+        assert min(apart) > 0.05, "E_n is not E_c, in no call"
+        fresh = [call for call in heard[::2 if "cached" in neighbour.__name__ else 1]]
+        models["SD 3"].model.diffusion_model.__dict__.pop("tea", None)
+        if neighbour is two_places:
+            agrees(neighbour(models["SD 3"]), fresh, "unwanted", conditions("SD 3")[0], shape)
+        else:
+            agrees(models["SD 3"], fresh, "unwanted", conditions("SD 3")[0], shape)
+            agrees(models["SD 3"], fresh, "conditional", prompts[0], shape)
+    models["SD 3"].model.diffusion_model.__dict__.pop("tea", None)
+    off, _ = run("Apply", model=neighbour(models["SD 3"]), unwanted=conditions("SD 3")[0], strength=0.0).result
+    stock = sample(guided("CFGGuider", neighbour(models["SD 3"]), prompts), shape)[1]
+    models["SD 3"].model.diffusion_model.__dict__.pop("tea", None)
+    assert torch.equal(sample(guided("CFGGuider", off, prompts), shape)[1], stock)
+
+
+@pytest.mark.parametrize("neighbour", [cached_on_the_network, cached_in_options, two_places, one_prompt])
+def test_a_window_that_closes_while_a_neighbour_caches(neighbour, applied, heard):  # noqa: F811
+    patched, report, shape, prompts = applied("both", neighbour, start=0.2, end=0.6)
+    patched, rows = counted(patched)
+    result = sample(guided("CFGGuider", patched, prompts), shape, steps=8)[1]
+    assert 0 < report.summary["corrected_calls"] < 8 and torch.isfinite(result).all() and len(rows) >= 4
