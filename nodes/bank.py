@@ -9,9 +9,11 @@ import comfy.sample
 import folder_paths
 import torch
 from comfy_api.latest import io
+from safetensors import SafetensorError
 
 from ..safe_denoiser import LatentCache, compress_bank, encode_bank, index_bank, load_bank, save_bank
 from ..safe_denoiser.encode import FITS
+from ..safe_denoiser.pictures import printable
 from . import folders
 from .fingerprint import fingerprint, fingerprint_model
 from .live import progress
@@ -59,6 +61,12 @@ def resizing(latent: dict) -> dict[str, int]:
     return told if told and not picture_stream(latent["samples"]).count_nonzero() else {}
 
 
+def require_vae(vae) -> None:
+    """Raise where a checkpoint has brought none."""
+    if vae is None or getattr(vae, "first_stage_model", vae) is None:
+        raise ValueError("vae is empty: this checkpoint has no VAE in it; load one with Load VAE and connect it")
+
+
 def image_size(latent, vae) -> tuple[int, int]:
     """(height, width) in pixels of what a latent decodes to, when it was sampled.
 
@@ -97,6 +105,7 @@ class BuildNegationBank(io.ComfyNode):
 
     @classmethod
     def execute(cls, negation_set, vae, latent, fit, prototypes=0) -> io.NodeOutput:
+        require_vae(vae)
         encoder = fingerprint(fingerprint_model(vae.patcher), str(vae.vae_dtype))
         cache = LatentCache(folders.cache("latents"), encoder, folders.CACHE_LIMIT)
         bank = encode_bank(negation_set, lambda image: vae.encode(image[None])[0], image_size(latent, vae), fit,
@@ -127,10 +136,15 @@ class SaveNegationBank(io.ComfyNode):
 
     @classmethod
     def execute(cls, negation_bank, filename_prefix) -> io.NodeOutput:
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(
-            f"{folders.BANKS}/{filename_prefix}", folder_paths.get_output_directory())
-        path = Path(folder) / f"{name}_{counter:05}_.safetensors"
-        save_bank(negation_bank, path)
+        try:
+            folder, name, counter, _, _ = folder_paths.get_save_image_path(
+                f"{folders.BANKS}/{filename_prefix}", folder_paths.get_output_directory())
+            path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+            save_bank(negation_bank, path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"the bank cannot be written as {printable(filename_prefix)!r} "
+                             f"({getattr(error, 'strerror', None) or error}); choose a shorter "
+                             f"filename_prefix of letters and digits, and see that the disk has room") from error
         return io.NodeOutput(negation_bank, ui={"text": [f"{path.name}: {len(negation_bank)} latents"]})
 
 

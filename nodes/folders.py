@@ -50,7 +50,11 @@ def _files(root: Path, wanted: Callable[[Path], bool]) -> Iterator[tuple[Path, s
 
     Nothing in somebody's folder may raise here: a schema that raises takes the whole pack out of ComfyUI.
     """
-    for folder, _, names in os.walk(root):
+    for folder, inside, names in os.walk(root):
+        for path in (Path(folder, name) for name in inside):
+            if path.is_symlink():
+                _leave_out(path, ValueError("a link to a folder; put the folder itself there, or name its place in "
+                                            "extra_model_paths.yaml"))
         for path in (Path(folder, name) for name in names):
             try:
                 if wanted(path) and stat.S_ISREG(path.stat().st_mode):  # no pipes, sockets, devices, or links that lead nowhere

@@ -29,14 +29,16 @@ def progress() -> Callable[[int, int], None]:
 
 
 class Live:
-    """Sends a line about the run to the node that samples; without a server or a running workflow it does nothing."""
+    """Sends a line about the run to the node that samples, on the page that asked for it; without a server, a running workflow or a page it
+    does nothing: what is sent to nobody in particular would be written into whatever workflow each open page shows.
+    """
 
     def __init__(self):
         self.next, self.context = time.monotonic() + SECONDS, get_executing_context()
         self.server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
     def send(self, text: str) -> None:
-        if self.context is not None and self.server is not None:
+        if self.context is not None and self.server is not None and self.server.client_id is not None:
             message = {"node": self.context.node_id, "prompt_id": self.context.prompt_id, "text": text}
             self.server.send_sync("safe_denoiser.text", message, self.server.client_id)
 

@@ -49,6 +49,21 @@ def in_space(bank: Bank, patcher) -> torch.Tensor:
     return moved
 
 
+def require_size(bank: Bank, moved: Bank, shape) -> None:
+    """Raise where a bank's pictures are of another size than what is sampled, shaped `shape`; say how large both are in pixels, where the
+    bank knows.
+    """
+    item = moved.latents.shape[1:]
+    if item[0] != shape[1] or item[-2:] == tuple(shape[-2:]):
+        return
+    pixels, size = "", [int(side) for side in bank.metadata.get("size", "").split("x") if side.isdigit()]
+    if len(size) == 2:
+        sampled = [round(side * whole / own) for side, whole, own in zip(shape[-2:], size, item[-2:])]
+        pixels = f" (it is of {size[1]} x {size[0]} pixels, and {sampled[1]} x {sampled[0]} are sampled)"
+    raise ValueError(f"bank latents are {tuple(item)} but the sampler runs at {tuple(shape[1:])}; rebuild the bank with this model's VAE "
+                     f"at this size{pixels}, or set bank_size to interpolate")
+
+
 class SafeDenoiserBank(torch.nn.Module):
     """Latents as what ComfyUI loads: a module. Its log tells the name."""
 

@@ -2,6 +2,7 @@
 from comfy_api.latest import io
 
 from ..safe_denoiser.semantic import SemanticPosterior
+from .bank import require_vae
 from .clip import clip_inputs, embed
 from .types import CATEGORY, NegationSetType, SemanticType, found_by
 
@@ -28,6 +29,7 @@ class MakeSemanticPosterior(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, negation_set, retain_set, vae, every) -> io.NodeOutput:
+        require_vae(vae)
         unsafe, retain = embed(clip, negation_set), embed(clip, retain_set)
 
         def begin(process_latent_out) -> SemanticPosterior:

@@ -18,7 +18,7 @@ from .condition_check import ConditionCheck
 from .conditions import Witness, hookable, listen
 from .guidance import around, call_late, guidance, predicted, watch
 from .live import Live
-from .loading import hold, prepare_sampling
+from .loading import hold, prepare_sampling, require_size
 from .noise import forward_process, refuse, std_at
 from .runs import remember, remembered, source
 
@@ -112,7 +112,7 @@ class Run:
         self.patch.begun = True
         self.report.steps.clear()
         self.report.notes[:] = [note for note, so in ((UNTOLD, sigmas is None), (RISES, self.rises)) if so and self.patch.on]
-        denoiser = self._denoiser(guider, self.held)
+        denoiser = self._denoiser(guider, self.held, self.picture.of(noise).shape)
         self.denoisers = {tuple(self.picture.of(noise).shape[1:]): denoiser}
         if denoiser.strength and denoiser.inside:
             self.note(f"compared by parts of the picture, in {len(denoiser.inside)} windows")
@@ -140,8 +140,11 @@ class Run:
         if text and text not in self.report.notes:
             self.report.notes.append(text)
 
-    def _denoiser(self, guider, held: dict) -> SafeDenoiser:
+    def _denoiser(self, guider, held: dict, shape) -> SafeDenoiser:
         """What corrects, with banks in the form for one size."""
+        for name, one in held.items():
+            if self.patch.on:
+                require_size(self.patch.banks[name], one.bank, shape)
         for note in filter(None, (one.note for one in held.values())):
             self.note(note)
         patch, semantic = self.patch, self.patch.denoiser.semantic
@@ -153,7 +156,7 @@ class Run:
         """What corrects x, which some samplers make larger on their way; then banks that may be resized follow."""
         shape = tuple(self.picture.of(x).shape[1:])
         if shape not in self.denoisers:
-            self.denoisers[shape] = self._denoiser(guider, self._hold((len(x), *shape)))
+            self.denoisers[shape] = self._denoiser(guider, self._hold((len(x), *shape)), (len(x), *shape))
         denoiser = self.denoisers[shape]
         if len(x) != self.rows and denoiser.strength:
             denoiser.forget()  # the rows before need not be these

@@ -141,6 +141,11 @@ def test_the_sampling_node_tells_how_it_goes(run, tiny, sample, monkeypatch):
         sent.clear()
         sample.safe(settings=dict(strength=0.0))
         assert sent == [("7", "off: strength is 0")]
+        sent.clear()
+        server.client_id = None  # a prompt that no page has posted
+        sample.safe()
+        assert not sent, "to nobody is to everybody"
+        server.client_id = "page"
     sent.clear()
     sample.safe()
     assert not sent, "outside a running workflow nobody is told"

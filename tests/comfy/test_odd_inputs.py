@@ -127,3 +127,56 @@ def sample_node(run, tiny):
     return call
 
 
+
+
+# --- messages ------------------------------------------------------------------------------------------------------
+
+def test_a_checkpoint_without_a_vae(run, tiny, clip, comfy):  # noqa: F811
+    import comfy.sd
+
+    empty = comfy.sd.VAE(sd={})
+    for vae in (empty, None):
+        with pytest.raises(ValueError, match="this checkpoint has no VAE in it; load one with Load VAE"):
+            run("BuildNegationBank", negation_set=tiny.negation_set, vae=vae, latent=tiny.latent())
+        with pytest.raises(ValueError, match="this checkpoint has no VAE in it; load one with Load VAE"):
+            run("SemanticPosterior", clip=clip, negation_set=tiny.negation_set, retain_set=tiny.negation_set, vae=vae)
+
+
+def test_a_bank_of_another_size_names_pixels_and_the_cure(tiny, sample_node):
+    large = {"samples": torch.zeros(1, 16, 8, 6)}
+    with pytest.raises(ValueError, match=r"\(it is of 32 x 32 pixels, and 48 x 64 are sampled\), or set bank_size to interpolate"):
+        sample_node(large, negation_bank=tiny.bank)
+    with pytest.raises(ValueError, match="this size, or set bank_size to interpolate"):
+        sample_node(large, negation_bank=type(tiny.bank)(tiny.bank.latents, metadata={"space": "vae"}))
+    _, report = sample_node(large, negation_bank=tiny.bank, strength=0.0)
+    assert not report.steps
+
+
+@pytest.mark.parametrize("prefix", ["x" * 300, "a" * 243])
+def test_a_prefix_that_is_no_file_name(prefix, run, tiny):
+    with pytest.raises(ValueError, match="cannot be written as .* choose a shorter filename_prefix of letters and digits"):
+        run("SaveNegationBank", negation_bank=tiny.bank, filename_prefix=prefix)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_an_interrupted_run_says_where_it_stopped(sampler, run, tiny, pack, monkeypatch):
+    import comfy.model_management as management
+    from pack.nodes.live import Live
+
+    told = []
+    monkeypatch.setattr(Live, "send", lambda self, text: told.append(text))
+    patched, report = run("Apply", model=tiny.model, negation_bank=tiny.bank).result
+
+    def stop(args):
+        if len(report.steps) == 3:
+            raise management.InterruptProcessingException
+        return args["denoised"]
+
+    stopped = patched.clone()
+    stopped.set_model_sampler_post_cfg_function(stop)
+    with pytest.raises(management.InterruptProcessingException):
+        sample(guider(stopped, (tiny.straight, tiny.empty)), sampler, steps=40)
+    assert report.verdict.startswith("stopped after 3 model calls of a schedule of 40 steps: corrected 3 of 3")
+    assert told[-1].startswith("stopped after 3 model calls of a schedule of 40 steps")
+    sample(guider(patched, (tiny.straight, tiny.empty)))
+    assert "stopped" not in report.table()

@@ -89,6 +89,30 @@ def test_no_entry_of_a_folder_takes_the_pack_down(pack, odd_folders, caplog):
 
 @POSIX
 @pytest.mark.parametrize("kind", ["negation_sets", "negation_banks", "open_clip"])
+def test_a_linked_folder_is_left_out_with_a_line_that_says_what_to_do(kind, pack, comfy, tmp_path, caplog):
+    import folder_paths
+    from pack.nodes import folders
+
+    root = Path(folder_paths.models_dir) / kind
+    root.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "a.safetensors").write_bytes(b"x")
+    link = root / "linked_elsewhere"
+    link.symlink_to(tmp_path)
+    try:
+        with caplog.at_level(logging.WARNING):
+            for _ in range(2):
+                listed = {"negation_sets": folders.list_sets, "negation_banks": folders.list_banks, "open_clip": folders.list_clips}[kind]()
+    finally:
+        link.unlink()
+        folders._left_out.discard(link)
+    told = [record.getMessage() for record in caplog.records if "linked_elsewhere" in record.getMessage()]
+    assert not any("linked_elsewhere" in name for name in listed) and len(told) == 1
+    assert "put the folder itself there, or name its place in extra_model_paths.yaml" in told[0]
+
+
+@POSIX
+@pytest.mark.parametrize("kind", ["negation_sets", "negation_banks", "open_clip"])
 @pytest.mark.parametrize("name", ["", ".", "..", "../..", "/etc/passwd", "a\0b", "x" * 5000, "\udcff", "odd/pipe.safetensors",
                                   "odd/loop.safetensors", "odd/zero.safetensors", "odd/shut",
                                   "odd/broken.safetensors", "con", None, 7, ["a"], {"a": 1}, True])
