@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 
 from .gain import LEVELS, Check
-from .pictures import write
+from .sheets import write
 
 SET, OTHERS = "#1f77b4", "#ff7f0e"
 
