@@ -1,8 +1,10 @@
 """Each node, called as ComfyUI's executor calls it."""
 import os
+import re
 import shutil
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -296,6 +298,50 @@ def test_class_condition(run):
     assert not extra["pooled_output"].any()
     with pytest.raises(ValueError, match="class_index is 8 but there are 8 classes; choose 0 to 7, or -1"):
         run("ClassCondition", class_index=8, classes=8)
+
+
+class DigitWords:
+    """A text encoder that knows the words of the tiny model's classes."""
+
+    WORDS = ("", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "straight", "curly", "round")
+
+    def __init__(self, run):
+        self.run = run
+
+    def tokenize(self, text):
+        return self.WORDS.index(text) - 1
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return self.run("ClassCondition", class_index=tokens).result[0]
+
+
+def test_the_model_itself_describes_a_bank(run, tiny, monkeypatch):
+    sent, phrases = [], "\n".join(DigitWords.WORDS[1:11])
+    monkeypatch.setattr("pack.nodes.live.Live.send", lambda self, text: sent.append(text))
+    given = dict(model=tiny.model, text_encoder=DigitWords(run), negation_bank=tiny.bank, reference_bank=tiny.reference)
+    output = run("DescribeNegationSet", phrases=phrases, **given)
+    text, table = output.result
+    assert text.startswith("seven") and table.splitlines()[1].endswith(", chosen") and " seven: best for " in table.splitlines()[1]
+    assert re.fullmatch(r"10 phrases: about \d+ calls of the model, 8 pictures each", sent[0]), "its cost is told beforehand"
+    assert sent[1:] == [table] and output.ui["text"] == (table,)
+    halves = [replace(tiny.reference, latents=tiny.reference.latents[i::2]) for i in (0, 1)]
+    text, table = run("DescribeNegationSet", phrases=phrases, **given | dict(negation_bank=halves[0], reference_bank=halves[1])).result
+    assert text == "" and "no phrase describes the set and separates it" in table, "a mixed folder has no name"
+
+
+def test_describing_names_what_is_not_connected(run, tiny):
+    given = dict(model=tiny.model, text_encoder=DigitWords(run), negation_bank=tiny.bank, reference_bank=tiny.reference)
+    for name in ("text_encoder", "negation_bank", "reference_bank"):
+        with pytest.raises(ValueError, match=f"model is connected, and {name} is not; .*, so connect all of them"):
+            run("DescribeNegationSet", **given | {name: None})
+    with pytest.raises(ValueError, match="and text_encoder and negation_bank and reference_bank are not;"):
+        run("DescribeNegationSet", model=tiny.model)
+    for alone in ({}, dict(negation_set=tiny.negation_set)):
+        with pytest.raises(ValueError, match=r"connect clip \(from Load OpenCLIP\) and negation_set, or model, text_encoder"):
+            run("DescribeNegationSet", **alone)
+    one = replace(tiny.bank, latents=tiny.bank.latents[:1], names=())
+    with pytest.raises(ValueError, match="1 pictures and .* others are too few to describe what tells them apart; connect more"):
+        run("DescribeNegationSet", phrases="one\nseven", **given | dict(negation_bank=one))
 
 
 def test_the_report_node(run, tiny, sample):
