@@ -145,8 +145,8 @@ class SaveNegationBank(io.ComfyNode):
         except (OSError, SafetensorError) as error:
             if getattr(error, "errno", None) not in (errno.ENAMETOOLONG, errno.EINVAL) and "name too long" not in str(error):
                 raise  # a full disk says so itself
-            raise ValueError(f"the bank cannot be written as {printable(filename_prefix)!r}; choose a shorter filename_prefix of letters and "
-                             f"digits") from error
+            raise ValueError(f"the bank cannot be written as {printable(filename_prefix)!r}; choose a shorter filename_prefix of letters "
+                             f"and digits") from error
         return io.NodeOutput(negation_bank, ui={"text": [f"{path.name}: {len(negation_bank)} latents"]})
 
 
