@@ -1,4 +1,5 @@
 """Build, save and load negation banks."""
+import errno
 import importlib.util
 import inspect
 import json
@@ -142,9 +143,10 @@ class SaveNegationBank(io.ComfyNode):
             path = Path(folder) / f"{name}_{counter:05}_.safetensors"
             save_bank(negation_bank, path)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"the bank cannot be written as {printable(filename_prefix)!r} "
-                             f"({getattr(error, 'strerror', None) or error}); choose a shorter "
-                             f"filename_prefix of letters and digits, and see that the disk has room") from error
+            if getattr(error, "errno", None) not in (errno.ENAMETOOLONG, errno.EINVAL) and "name too long" not in str(error):
+                raise  # a full disk says so itself
+            raise ValueError(f"the bank cannot be written as {printable(filename_prefix)!r}; choose a shorter filename_prefix of letters "
+                             f"and digits") from error
         return io.NodeOutput(negation_bank, ui={"text": [f"{path.name}: {len(negation_bank)} latents"]})
 
 

@@ -65,6 +65,12 @@ def watch(model_options: dict, guider) -> tuple[dict, list, dict]:
             POST_CFG: [first, *(fn for fn in functions if fn in own), note]}, late, seen
 
 
+def carry(used: dict, given: dict, own: set[str]) -> None:
+    """What neighbours have kept in the options of a call, for the next: `given` lasts for the run, `used` were made of it for the call."""
+    ours = {PRE_CFG, CFG, POST_CFG, *own}
+    given |= {name: value for name, value in used.items() if name not in ours and value is not given.get(name)}
+
+
 def predicted(seen: dict, role: str) -> torch.Tensor:
     """What the model itself predicted under what guidance calls "cond" or "uncond"."""
     return next((prediction for conds, prediction in seen["held"] if conds is seen[role]), seen[f"{role}_denoised"])

@@ -15,8 +15,8 @@ from ..safe_denoiser.denoiser import METHODS
 from ..safe_denoiser.report import STOPPED, UNSTEERED
 from ..safe_denoiser.trust import looks_exchanged, require_unlike
 from .condition_check import ConditionCheck
-from .conditions import Witness, hookable, listen
-from .guidance import around, call_late, guidance, predicted, watch
+from .conditions import HANDLER, Witness, hookable, listen
+from .guidance import around, call_late, carry, guidance, predicted, watch
 from .live import Live
 from .loading import hold, prepare_sampling, require_size
 from .noise import forward_process, refuse, std_at
@@ -348,13 +348,14 @@ class Patch:
         guider = executor.class_obj
         denoiser, witness = run.denoiser_for(guider, x), run.witness
         mask, level = run.mask_at(guider, timestep, model_options), forward_process(run.sampling, timestep, x.ndim)
-        model_options, late, seen = watch(model_options, guider)
+        given, (model_options, late, seen) = model_options, watch(model_options, guider)
         shared = model_options.get(KEY, {})  # of several patches on one model, all correct the prediction that the innermost got
         model_options = {**model_options, KEY: shared}
         if witness.given:
             timestep = timestep.expand(len(x))  # one number would do for the model's one condition, not for several
             model_options = witness.ask(guider, shared, model_options, timestep, bool(denoiser.listens(level[0]).any()))
         denoised = executor(x, timestep, model_options, *args, **kwargs)
+        carry(model_options, given, {KEY, HANDLER})
         guides = guidance(guider, seen)
         if guides:
             run.offset = guides["unconditional"] - x

@@ -67,6 +67,32 @@ def test_predictions_that_are_edited_in_place(neighbour, by, after, kind, applie
     agrees(models["SD 3"], heard, "unconditional", prompts[2] if kind != "CFGGuider" else prompts[1], shape)
 
 
+def remembering(model):
+    """As MomentumGuidance and sliding-mode CFG: what the latest call was is kept in the options, which last for the run."""
+    def after(args):
+        before = args["model_options"].setdefault("momentum", {"of": args["denoised"], "calls": []})
+        before["calls"].append(1)
+        args["model_options"]["latest"] = args["denoised"]
+        moved = args["denoised"] + 0.3 * (args["denoised"] - before["of"])
+        before["of"] = args["denoised"]
+        return moved
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(after)
+    return model
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("by", BANKS)
+def test_what_neighbours_keep_from_call_to_call_is_kept(by, after, applied, models):  # noqa: F811
+    off, _, shape, prompts = applied(by, remembering, after, strength=0.0)
+    stock = sample(guided("CFGGuider", remembering(models["SD 3"]), prompts), shape)[1]
+    assert not torch.equal(stock, sample(guided("CFGGuider", models["SD 3"], prompts), shape)[1])
+    assert torch.equal(sample(guided("CFGGuider", off, prompts), shape)[1], stock)
+    closed, report, *_ = applied(by, remembering, after, start=0.9)
+    assert torch.equal(sample(guided("CFGGuider", closed, prompts), shape)[1], stock) and report.summary["model_calls"] == 4
+
+
 # --- neighbours inside the model, which know two conditions, or keep what they cache by place in the batch -----------
 
 def cached_on_the_network(model, every=2):
