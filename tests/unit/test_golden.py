@@ -85,7 +85,7 @@ def golden():
 
 @pytest.mark.parametrize("name", CASES)
 def test_answers_are_what_they_were(name, golden):
-    """To 5e-5: other processors add in another order, and what is left of that, 1e-7 of values up to 15, grows with r / (1 - r) up to 19."""
+    """To 5e-5: other processors add in another order, and what that leaves, 1e-7 of values up to 15, grows with r / (1 - r) up to 19."""
     for key, value in trace(name).items():
         torch.testing.assert_close(value, golden[key], rtol=1e-4, atol=5e-5, equal_nan=True, msg=lambda text, key=key: f"{key}\n{text}")
 
