@@ -1,5 +1,6 @@
 """Learn, save and load an unwanted condition: in the tiny world through ComfyUI, as its executor runs nodes (under inference mode)."""
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,15 +84,16 @@ def test_stopped_and_gone_on_with_it_is_as_if_it_had_not_been(stop, count, learn
     whole = learn(steps=20, negation_bank=bank).result[0]
     for path in (fresh / "safe_denoiser/conditions").iterdir():
         path.unlink()
-    calls, throw = [0], comfy.model_management.throw_exception_if_processing_interrupted
+    teller, calls = sys.modules["pack.nodes.learn"].Teller, [0]
+    tell = teller.__call__
 
-    def interrupt():
+    def interrupt(*args):
         calls[0] += 1
         if calls[0] == stop:
             raise comfy.model_management.InterruptProcessingException
-        throw()
+        tell(*args)
 
-    monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", interrupt)
+    monkeypatch.setattr(teller, "__call__", interrupt)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         learn(steps=20, negation_bank=bank)
     assert list((fresh / "safe_denoiser/conditions").iterdir())
@@ -123,8 +125,6 @@ def test_a_prompt_of_several_parts_is_refused(learn, tiny, fresh):
 
 
 def test_it_takes_less_memory_where_there_is_little_and_says_what_is_missing(learn, pack, fresh, monkeypatch):
-    import sys
-
     module, tried = sys.modules["pack.nodes.learn"], []
     differentiable = module.differentiable
 
