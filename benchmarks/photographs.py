@@ -48,6 +48,7 @@ from .worlds import Call, Gaussians, Heart, World, call, gaussians, sample, sche
 HERE = Path(__file__).parent
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 PAIRS = (("automobile", "truck"), ("cat", "dog"), ("deer", "horse"), ("airplane", "ship"), ("bird", "frog"))
+TRIPLES = ((("cat", "dog", "frog"), ("dog", "cat")), (("automobile", "truck", "ship"), ("truck",)), (("deer", "horse", "bird"), ("deer",)))
 SIDE, TRAINING, UNSEEN = 16, 800, 300
 CEILING = 0.95  # ceiling of r in the controls, as SafeDenoiser's own
 
@@ -231,6 +232,13 @@ CONTROLS = ("control: negative prompt, r = 0.5", "control: true r")
 def pairs() -> list[Asked]:
     """Partly unsafe prompts: two classes that are alike, one of them negated."""
     return [Asked(f"{one}, {other}: {name} negated", (one, other), (name,)) for one, other in PAIRS for name in (other, one)]
+
+
+def triples() -> list[Asked]:
+    """The same with three classes, two of which are left. The exact safe denoiser makes other classes of some safe pictures then, too: what
+    it takes away leaves room.
+    """
+    return [Asked(f"{', '.join(three)}: {name} negated", three, (name,)) for three, negated in TRIPLES for name in negated]
 
 
 def others() -> list[Asked]:
@@ -426,10 +434,10 @@ def combined(found: list[dict[str, float]], worst: bool = False) -> dict[str, fl
     return one | {"low": low, "high": high, "n": n}
 
 
-def summaries(by_pair: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Rows for all partly unsafe prompts at once."""
-    return {f"partly unsafe prompts, {name}": {label: combined([found[label] for found in by_pair], worst) for label in by_pair[0]}
-            for name, worst in (("mean", False), ("worst", True))}
+def summaries(name: str, by_prompt: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Rows for several prompts at once."""
+    return {f"{name}, {which}": {label: combined([found[label] for found in by_prompt], worst) for label in by_prompt[0]}
+            for which, worst in (("mean", False), ("worst", True))}
 
 
 # --- second table --------------------------------------------------------------------------------------------------
@@ -505,19 +513,22 @@ def show(label: str, found: dict[str, dict[str, float]]) -> None:
 
 def first_table(places: dict[str, Place], scale: Scale, only: str = "", quick: bool = False) -> dict[str, dict[str, dict[str, float]]]:
     """All rows of one world, printed as they are found; of the partly unsafe prompts only what they come to together, if all were asked."""
-    found, prompts, name = {}, pairs(), places["whole"].name
-    for asked in prompts[:1] if quick else prompts + others():
+    found, name = {}, places["whole"].name
+    groups = {"partly unsafe prompts": pairs(), "three related classes": triples()}
+    grouped = [asked for group in groups.values() for asked in group]
+    for asked in grouped[:1] if quick else grouped + others():
         wanted = [label for label in METHODS if only in f"{name}, {asked.label}, {label}" and asked.takes(label)]
         if asked.place in places and wanted:
             methods = [label for label in METHODS if label == OFF or label in wanted]
             found[asked.label] = rows(Scene(asked, places[asked.place]), scale, methods)
-            if asked not in prompts or only or quick:
+            if asked not in grouped or only or quick:
                 show(asked.label, found[asked.label])
-        if asked == prompts[-1] and all(prompt.label in found for prompt in prompts):
-            together = summaries([found[prompt.label] for prompt in prompts])
-            found |= together
-            for label, one in together.items():
-                show(label, one)
+        for label, group in groups.items():
+            if asked == group[-1] and all(prompt.label in found for prompt in group):
+                together = summaries(label, [found[prompt.label] for prompt in group])
+                found |= together
+                for whole, one in together.items():
+                    show(whole, one)
     return found
 
 

@@ -1,6 +1,6 @@
 """The model as its own witness: its prediction under a condition that means what must not come out is E_u, and tells r as well.
 
-    E_n, E_c, E_0 --coordinate--> t --remembered odds--> r --> E_safe - E_c = r / (1 - r) (E_c - E_n) --guidance--> correction
+    E_n, E_c, E_0 --coordinate, gap--> share --remembered odds--> r --> E_safe - E_c = r / (1 - r) (E_c - E_n) --guidance--> correction
 """
 from dataclasses import dataclass
 
@@ -14,7 +14,9 @@ from .prediction import Correction, Prediction, first, largest
 from .rule import Rule
 from .view import View
 
-SURE = 0.9  # t at most, where odds are made of it: a share of 1 would never be doubted again
+SURE = 0.9  # share at most, where odds are made of it: a share of 1 would never be doubted again
+CAUTION = 1.5  # times the odds: to let an unsafe picture through is worse than to change a safe one
+GROWTH = 2.0  # times, at most, that the first call's share makes the later ones larger
 DOUBT = 0.05  # of the squared difference of two noise predictions, by which the log odds fall: once they clearly differ, x is not unsafe
 PRIOR = 0.1  # share of unsafe pictures where no prompt says anything
 SILENT = 1e-3  # a prompt that moves the prediction by less than this share of what the unwanted condition does (squared) says nothing
@@ -56,21 +58,39 @@ def gap(conditional: Tensor, neutral: Tensor, unwanted: Tensor, metric: Gaussian
     return squared_length(conditional - unwanted, metric) / squared_length(unwanted - neutral, metric)
 
 
+def share(t: Tensor, apart: Tensor, begun: Tensor, prior: float = PRIOR) -> Tensor:
+    """P(unsafe) in E_c, (B,), of its `coordinate` t and its `gap` now and at the run's first call (`begun`). Ours.
+
+        sqrt(gap) = (1 - r) / (1 - q),   r_0 = 1 - (1 - prior) sqrt(gap_0),   r = r_0 (1 - sqrt(gap)) / (1 - sqrt(gap_0))
+
+    with q = P(unsafe | x) without a prompt, where what the prompt asks for beside the unwanted thing is about as far from it as what the
+    model makes else; a prompt's odds r / (1 - r) are a constant times q / (1 - q). It takes no account of what the two have in common, in
+    which t sees a share: of "automobile or truck" t says 0.73 and this 0.55. Where the condition is broader than the prompt
+    (|E_c - E_0| > |E_n - E_0|) their distance tells nothing, and t stands instead.
+    """
+    root, first_root = apart.sqrt(), begun.sqrt()
+    begins = 1 - (1 - prior) * first_root
+    grows = (begins / (1 - first_root).clamp_min(TINY)).clamp(1, GROWTH)
+    broader = (apart - 2 + 2 * t).clamp(0, 1)  # |E_c - E_0|^2 / |E_n - E_0|^2 - 1
+    r = torch.lerp((grows * (1 - root)).clamp(0, SURE), t.clamp(0, SURE), broader)
+    return CAUTION * r / (1 - r + CAUTION * r)
+
+
 @dataclass(frozen=True, eq=False)
 class ByWitness(Rule):
     """r by what the model itself predicts under the unwanted condition, and E_u too.
 
-        o_k = max_{j <= k} odds(t_j) gap_j / gap_k
+        o_k = max_{j <= k} odds(share_j) gap_j / gap_k
         logit r = log o_k + TRUST (log p_u(x) - log p_others(x)) - DOUBT (alpha / sigma)^2 |E_c - E_n|_k^2,   r <= posterior_max
         safe_denoised = denoised + w r / (1 - r) (E_c - E_n)
 
-    t_j is the `coordinate` at the j-th call of a run, w how many times guidance weighs E_c. Since E_c - E_n = (1 - r) (E_safe - E_n), a
-    `gap` that shrinks says that r grows; t alone forgets it, since a late E_0 goes where E_c goes. For the same reason the gap is measured
-    from E_0 and from what `model` predicts, where it is of other pictures, as their geometric mean. The banks add their say where there are
-    two; the last term is the evidence that two noise predictions give against each other once the noise is low enough to tell.
+    share_j is the `share` at the j-th call of a run, w how many times guidance weighs E_c. Since E_c - E_n = (1 - r) (E_safe - E_n), a
+    `gap` that shrinks says that r grows; one call's share forgets it, since a late E_0 goes where E_c goes. For the same reason the gap
+    is measured from E_0 and from what `model` predicts, where it is of other pictures, as their geometric mean. The banks add their say
+    where there are two; the last term is the evidence that two noise predictions give against each other once the noise is low enough.
 
     A prompt that from the start asks for the unwanted thing itself (a closeness 1 - sqrt(gap) from RELEASE[0] to RELEASE[1]) lets go of its
-    guidance: then E_0 takes the place of E_c. Where no prompt says anything (E_c = E_0) t is `prior`.
+    guidance: then E_0 takes the place of E_c. Where no prompt says anything (E_c = E_0) the share is `prior`.
     Source of the correction: arXiv:2502.08011, Thm 3.2; r is ours.
 
     Args:
@@ -98,33 +118,37 @@ class ByWitness(Rule):
         asked = p.denoised if p.conditional is None else p.conditional
         zero = p.unconditional if p.neutral is None else p.neutral
         wiener = self.model.denoised(p.x, p.sigma, p.alpha) if self.others else None
-        t, free = self._asks(p, asked, zero, wiener, memory)
+        t, told, free = self._asks(p, asked, zero, wiener, memory)
         kept = asked if zero is None else torch.lerp(asked, zero, free[:, None])
-        share = torch.lerp(t, torch.full_like(t, self.prior), free).clamp(0, SURE)
-        r = torch.sigmoid(self._log_odds(p, kept, [y for y in (zero, wiener) if y is not None], share / (1 - share), memory))
+        told = torch.lerp(told, torch.full_like(told, self.prior), free).clamp(0, SURE)
+        r = torch.sigmoid(self._log_odds(p, kept, [y for y in (zero, wiener) if y is not None], told / (1 - told), memory))
         capped = r.clamp_max(self.posterior_max)
         direction = self._gain(p, free)[:, None] * from_witness(kept, p.unwanted, capped)
         if zero is not None:
             direction = direction + free[:, None] * (zero - p.denoised)
         return Correction.unasked(direction, capped, r > self.posterior_max, t)
 
-    def _asks(self, p: Prediction, asked: Tensor, zero: Tensor | None, wiener: Tensor | None, memory: dict) -> tuple[Tensor, Tensor]:
-        """t, and how far the prompt is left aside: because it says nothing (1), or asks for nothing but the unwanted thing; (B,) each."""
+    def _asks(self, p: Prediction, asked: Tensor, zero: Tensor | None, wiener: Tensor | None, memory: dict) -> tuple[Tensor, ...]:
+        """t, the share that it tells, and how far the prompt is left aside: because it says nothing (1), or asks for nothing but the
+        unwanted thing; (B,) each.
+        """
         if zero is not None:
-            close = 1 - gap(asked, zero, p.unwanted, self.model).sqrt()
-            release = (first(memory, "closeness", p.sigma, close) - RELEASE[0]) / (RELEASE[1] - RELEASE[0])
+            t, apart = (of(asked, zero, p.unwanted, self.model) for of in (coordinate, gap))
+            begun = first(memory, "gap", p.sigma, apart)
+            release = (1 - begun.sqrt() - RELEASE[0]) / (RELEASE[1] - RELEASE[0])
             says = (asked - zero).square().sum(1) > SILENT * (p.unwanted - zero).square().sum(1)
-            return coordinate(asked, zero, p.unwanted, self.model), torch.where(says, release.clamp(0, 1), 1.0)
+            return t, share(t, apart, begun, self.prior), torch.where(says, release.clamp(0, 1), 1.0)
         begins = p.sigma >= first(memory, "begins", p.sigma, p.sigma)
         t = torch.full_like(p.sigma, self.prior)
         if wiener is not None:  # it stands in for E_0 while x tells nothing; later it lacks the detail that E_c and E_n share
             told = coordinate(asked, wiener, p.unwanted, self.model, self.model.chance)
             blind = p.alpha.square() * self.model.level < NOISE * p.sigma.square()
             t = torch.where(blind, self.prior + (1 - self.prior) * told, t)  # E_c = E_0 is r = prior
-        return torch.where(begins, t, 0), torch.zeros_like(t)
+        t = torch.where(begins, t, 0)
+        return t, t, torch.zeros_like(t)
 
     def _log_odds(self, p: Prediction, kept: Tensor, seen_from: list[Tensor], odds: Tensor, memory: dict) -> Tensor:
-        """logit r, (B,), of a prediction whose t alone gives `odds`."""
+        """logit r, (B,), of a prediction whose share alone gives `odds`."""
         apart = (kept - p.unwanted).square().sum(1)
         near = squared_length(kept - p.unwanted, self.model if seen_from else None)
         gaps = [near / squared_length(p.unwanted - origin, self.model) for origin in seen_from] or [near]

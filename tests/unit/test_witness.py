@@ -7,7 +7,7 @@ import torch
 from safe_denoiser import Bank, SafeDenoiser
 from safe_denoiser.gaussian import fit
 from safe_denoiser.prediction import Prediction
-from safe_denoiser.witness import DOUBT, RELEASE, SURE, ByWitness, coordinate, from_witness, gap
+from safe_denoiser.witness import CAUTION, DOUBT, PRIOR, RELEASE, SURE, ByWitness, coordinate, from_witness, gap, share
 
 F64 = torch.float64
 
@@ -19,11 +19,18 @@ def unit(*places, d=6):
     return v
 
 
-ZERO, UNWANTED, SAFE = unit((0, 1.0)), unit((0, 1.0), (1, 2.0)), unit((0, 1.0), (2, 2.0))  # E_safe has no part along E_n - E_0
+UNWANTED, OTHERS = unit((0, 1.0), (1, 2.0)), unit((0, 1.0))
+SAFE = unit((0, 1.0), (1, 2 - 2**0.5), (2, 2**0.5))  # as far from E_n as others, and with a part along E_n - E_0
+ZERO = torch.lerp(OTHERS, UNWANTED, PRIOR)
 
 
 def mixed(r):
     return (1 - r) * SAFE + r * UNWANTED
+
+
+def cautious(r):
+    """The share whose odds are CAUTION times those of r."""
+    return CAUTION * r / (1 - r + CAUTION * r)
 
 
 def predict(r, cfg=1.0, sigma=50.0, **others):
@@ -36,28 +43,60 @@ def predict(r, cfg=1.0, sigma=50.0, **others):
 @pytest.mark.parametrize("r", [0.0, 0.2, 0.5, 0.7])
 @pytest.mark.parametrize("cfg", [1.0, 3.0, 7.5])
 def test_theorem(r, cfg):
-    """Where the safe part has nothing along the axis, the corrected prompt is E_safe, and guidance does with it what it does."""
+    """Where the safe part is as far from the unwanted as what the model makes else, r is exact, and the prompt moves CAUTION times towards
+    E_safe; guidance does with it what it does. t, in which the safe part has a share, is not exact.
+    """
     p = predict(r, cfg)
-    assert float(coordinate(p.conditional, ZERO, UNWANTED)) == pytest.approx(r)
+    t, apart = (of(mixed(r), ZERO, UNWANTED) for of in (coordinate, gap))
+    odds = share(t, apart, apart) / (1 - share(t, apart, apart))
+    assert float(odds) == pytest.approx(CAUTION * r / (1 - r)) and float(t) > r + 0.04
     found = ByWitness().correct(p, {})
-    torch.testing.assert_close(p.denoised + found.direction, ZERO + cfg * (SAFE - ZERO), rtol=1e-3, atol=1e-3)
-    assert float(found.posterior) == pytest.approx(r, abs=1e-3) and float(found.projection) == pytest.approx(r)
+    torch.testing.assert_close(found.direction, cfg * CAUTION * (SAFE - mixed(r)), rtol=1e-3, atol=1e-3)
+    assert float(found.posterior) == pytest.approx(cautious(r), abs=1e-3) and float(found.projection) == pytest.approx(float(t))
     torch.testing.assert_close(mixed(r) + from_witness(mixed(r), UNWANTED, torch.tensor([r], dtype=F64)), SAFE)
 
 
-def test_a_gap_that_shrinks_is_remembered_by_the_run():
-    """t falls to 0 where E_0 goes where E_c goes; r does not, and a new run knows nothing of it."""
+@pytest.mark.parametrize("q", [0.1, 0.3, 0.6])
+def test_share_is_exact_while_the_run_goes_on(q):
+    """x begins to look unsafe: E_0 goes there with the odds of the prompt, and their gap alone would say too little."""
+    begun = gap(mixed(0.5), ZERO, UNWANTED)
+    odds = 9 * q / (1 - q)  # at the start 1, where those of E_0 are PRIOR / (1 - PRIOR)
+    r = odds / (1 + odds)
+    now, zero = mixed(r), torch.lerp(OTHERS, UNWANTED, q)
+    told = share(coordinate(now, zero, UNWANTED), gap(now, zero, UNWANTED), begun)
+    assert float(told) == pytest.approx(cautious(min(r, SURE)), abs=1e-6)
+    assert float(1 - gap(now, zero, UNWANTED).sqrt()) < r - 0.02
+
+
+def test_a_condition_that_is_broader_than_the_prompt_is_told_by_t():
+    """Of forty kinds the condition means five, and the prompt one of these and another."""
+    kinds = torch.eye(40, dtype=F64)
+    zero, unwanted, asked = kinds.mean(0)[None], kinds[:5].mean(0)[None], kinds[[0, 5]].mean(0)[None]
+    t, apart = (of(asked, zero, unwanted) for of in (coordinate, gap))
+    assert float(apart) > 1, "as if there were nothing unsafe"
+    assert float(share(t, apart, apart)) == pytest.approx(cautious(float(t))) and float(t) == pytest.approx(0.5, abs=0.1)
+
+
+def test_prompts_that_are_no_nearer_than_the_model_itself_have_no_share():
+    for asked in (OTHERS, 2 * OTHERS - UNWANTED):
+        t, apart = (of(asked, ZERO, UNWANTED) for of in (coordinate, gap))
+        assert float(share(t, apart, apart)) == 0
+    t, apart = (of(ZERO, ZERO, UNWANTED) for of in (coordinate, gap))
+    assert float(share(t, apart, apart)) == 0, "no prompt at all is for the prior, see ByWitness"
+
+
+def test_the_odds_of_a_run_are_remembered_by_its_gap():
+    """One call's share falls where E_0 goes where E_c goes; what the run saw does not, and a new run knows nothing of it."""
     memory, rule = {}, ByWitness()
     start = rule.correct(predict(0.5), memory)
-    near = unit((0, 1.0), (1, 1.6), (2, 0.2))  # E_c has gone to E_n, and E_0 with it
+    near = unit((0, 1.0), (1, 1.2), (2, 0.2))  # E_c has gone towards E_n, and E_0 with it
     late = Prediction(torch.zeros(1, 6, dtype=F64), near, torch.tensor([40.0], dtype=F64), torch.ones(1, dtype=F64),
-                      2 * near - UNWANTED, near, UNWANTED)
-    assert float(coordinate(near, late.unconditional, UNWANTED)) == pytest.approx(0.5), "no more than at the start"
-    later = rule.correct(late, memory)
+                      near - 0.4 * (UNWANTED - near), near, UNWANTED)
+    later, fresh = rule.correct(late, memory), rule.correct(late, {})
     odds = float(start.posterior / (1 - start.posterior)) * float(gap(mixed(0.5), ZERO, UNWANTED) / gap(near, late.unconditional, UNWANTED))
-    assert float(later.posterior) == pytest.approx(min(0.95, odds / (1 + odds)), rel=1e-3) and float(later.posterior) > 0.65
+    assert float(later.posterior) == pytest.approx(odds / (1 + odds), rel=1e-3) and float(later.posterior) > float(fresh.posterior) + 0.02
     again = rule.correct(predict(0.2, sigma=60.0), memory)  # the noise rises: another run
-    assert float(again.posterior) == pytest.approx(0.2, abs=1e-3)
+    assert float(again.posterior) == pytest.approx(cautious(0.2), abs=1e-3)
 
 
 def test_one_call_that_gives_no_number_does_not_spoil_the_run():
@@ -68,14 +107,14 @@ def test_one_call_that_gives_no_number_does_not_spoil_the_run():
                                    unwanted=unwanted[None])
         steps.append(step)
     assert [bool(step.fallback) for step in steps] == [True, False, True, False]
-    assert float(steps[1].posterior) == pytest.approx(0.5, abs=1e-2) and float(steps[3].posterior) == pytest.approx(0.5, abs=1e-2)
+    assert all(float(steps[i].posterior) == pytest.approx(cautious(0.5), abs=1e-2) for i in (1, 3))
 
 
 def test_evidence_once_the_noise_is_low():
     high, low = (ByWitness().correct(predict(0.5, sigma=sigma), {}).posterior for sigma in (50.0, 0.2))
     apart = float((mixed(0.5) - UNWANTED).square().sum())
-    assert float(high) == pytest.approx(0.5, abs=1e-3)
-    assert float(low) == pytest.approx(1 / (1 + math.exp(DOUBT * apart / 0.04)), rel=1e-3)
+    assert float(high) == pytest.approx(cautious(0.5), abs=1e-3)
+    assert float(low) == pytest.approx(1 / (1 + math.exp(DOUBT * apart / 0.04) / CAUTION), rel=1e-3)
 
 
 def test_a_direct_prompt_lets_go_of_its_guidance():
@@ -106,13 +145,13 @@ def test_cfg_1_without_a_neutral_condition():
 
 
 def test_neutral_takes_the_place_of_the_negative_prompt_for_t_only():
-    """A negative prompt that itself names the unwanted thing blinds t; a neutral condition does not."""
+    """A negative prompt that itself names the unwanted thing blinds t and the gap; a neutral condition does not."""
     asked, blind = mixed(0.4), UNWANTED
     one = torch.ones(1, dtype=F64)
     p = Prediction(torch.zeros(1, 6, dtype=F64), blind + 3 * (asked - blind), 50 * one, one, blind, asked, UNWANTED, ZERO)
     found = ByWitness().correct(p, {})
-    assert float(found.posterior) == pytest.approx(0.4, abs=1e-3)
-    torch.testing.assert_close(p.denoised + found.direction, blind + 3 * (SAFE - blind), rtol=1e-3, atol=1e-3)
+    assert float(found.posterior) == pytest.approx(cautious(0.4), abs=1e-3)
+    torch.testing.assert_close(found.direction, 3 * CAUTION * (SAFE - asked), rtol=1e-3, atol=1e-3)
 
 
 def test_metric_tells_kinds_apart():
@@ -188,10 +227,10 @@ def test_inside_a_mask(reference):
     torch.testing.assert_close(safe(mask, elsewhere)[0], inside)
     torch.testing.assert_close(safe(torch.ones_like(mask))[0], safe(None)[0])
     run = SafeDenoiser(None, reference=bank)
-    safe(mask, denoiser=run, sigma=20.0)
+    safe(mask, denoiser=run, sigma=20.0, near=0.4)
     grown = mask.clone()
     grown[..., 3] = 1
-    later, fresh = (safe(grown, denoiser=one, sigma=15.0, near=-1.0)[1].posterior for one in (run, None))
+    later, fresh = (safe(grown, denoiser=one, sigma=15.0)[1].posterior for one in (run, None))
     assert bool((later > fresh + 0.01).all()), "what the run saw at sigma 20 is not forgotten"
     assert math.isnan(float(SafeDenoiser(Bank(x)).safe(x, asked, 1.0)[1].projection[0])) and torch.isfinite(step.projection).all()
 
