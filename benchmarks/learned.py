@@ -3,8 +3,8 @@
 `python -m benchmarks.learned` in the tiny digit world, whose columns stand on top of `digits.py`: 7 of *straight*, 3 of *curly*, 8 of
 *round*.
 
-`python -m benchmarks.learned --photos FOLDER` in a learned world of photographs (CIFAR-10, trained first, see `tiny_photos`). Each of the
-ten classes is negated in turn, under the prompt for the pair that it is of, at cfg 1, 2 and 4. The negation set is photographs that neither
+`python -m benchmarks.learned --photos FOLDER` in a learned world of photographs (CIFAR-10, see `tiny_photos`). Each of its
+six classes is negated in turn, under the prompt for the pair that it is of, at cfg 1, 2 and 4. The negation set is photographs that neither
 the model nor the judge has seen; the reference bank is the model's own samples.
 
 Rows

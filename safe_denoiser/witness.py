@@ -15,7 +15,7 @@ from .rule import Rule
 from .view import View
 
 SURE = 0.9  # share at most, where odds are made of it: a share of 1 would never be doubted again
-CAUTION = 1.5  # times the odds: to let an unsafe picture through is worse than to change a safe one
+CAUTION = 2.0  # times the odds: to let an unsafe picture through is worse than to change a safe one
 GROWTH = 2.0  # times, at most, that the first call's share makes the later ones larger
 DOUBT = 0.05  # of the squared difference of two noise predictions, by which the log odds fall: once they clearly differ, x is not unsafe
 PRIOR = 0.1  # share of unsafe pictures where no prompt says anything
