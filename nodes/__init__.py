@@ -13,6 +13,7 @@ from . import (
     folders,
     guard_model,
     guard_prompt,
+    keep_out,
     learn,
     negation_set,
     reference,
@@ -30,5 +31,5 @@ class SafeDenoiserExtension(ComfyExtension):
             logging.warning(line)
         folders.register()  # before any schema lists its files
         stations = (negation_set, bank, reference, sample, report, clip, curate, check, semantic, class_condition, describe, guard_prompt,
-                    guard_model, learn, saved_condition)
+                    guard_model, learn, saved_condition, keep_out)
         return [node for station in stations for node in station.NODES]

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ..safe_denoiser.guards import PRESETS, Sld
 from .sample import OUTPUT_REPORT
 from .steer import patch
-from .types import CATEGORY, ReportType, found_by
+from .types import CATEGORY, OWN_TEXT, ReportType, found_by
 
 OWN = "own numbers"
 
@@ -40,6 +40,7 @@ class GuardModel(io.ComfyNode):
                 io.Float.Input("momentum_beta", default=numbers.momentum_beta, min=0.0, max=0.99, step=0.01,
                                tooltip="beta_m: how slowly the pushes before are forgotten. For own numbers."),
             ],
+            hidden=OWN_TEXT,
             outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider."),
                      ReportType.Output(display_name="report", tooltip=OUTPUT_REPORT)],
         )

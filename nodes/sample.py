@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..safe_denoiser.denoiser import METHODS, SafeDenoiser
 from ..safe_denoiser.settings import WEIGHTS
 from .steer import patch
-from .types import CATEGORY, NegationBankType, ReportType, SemanticType, found_by, wrong_wire
+from .types import CATEGORY, OWN_TEXT, NegationBankType, ReportType, SemanticType, found_by, wrong_wire
 
 
 def bank_inputs() -> list[io.Input]:
@@ -99,6 +99,7 @@ class ApplySafeDenoiser(io.ComfyNode):
                                      "reference_bank or retain_bank. 0: automatic, 2 where windows tell the banks apart better, else 1."),
                 *condition_inputs(), check_input(),
             ],
+            hidden=OWN_TEXT,
             outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider."),
                      ReportType.Output(display_name="report", tooltip=OUTPUT_REPORT)],
         )

@@ -96,7 +96,7 @@ def test_the_tiny_workflow_runs_and_another_set_reruns_only_what_follows(page):
     off, on = page.pictures("PreviewImage", first), page.pictures("SaveImage", first)
     assert len(off) == len(on) == 16 and all(picture.shape == (128, 128, 3) for picture in on)
     assert any((a != b).any() for a, b in zip(off, on))
-    assert page.said().startswith("corrected 20 of 20 model calls")
+    assert " pictures steered away, most by tiny_" in page.said()
 
     page.choose("SafeDenoiserLoadNegationSet", "folder", "tiny_ones_and_fours")
     second = page.run()
@@ -118,7 +118,7 @@ def test_what_was_done_stays_on_the_node_and_out_of_the_workflow(page):
     page.new_seed()
     page.run()
     said, tab = page.said(), page.tab()
-    assert said.startswith("corrected 20 of 20 model calls")
+    assert " pictures steered away, most by tiny_" in said
     for node in page.workflow()["nodes"]:
         if node["type"] == "SafeDenoiserKSampler":
             assert node["widgets_values"] == [{0: page.seed, 8: 0.7}.get(i, value) for i, value in enumerate(before[node["id"]])]
@@ -355,8 +355,7 @@ def test_the_unwanted_condition_runs_and_the_node_says_what_it_told(page):
     entry = page.run()
     off, on = page.pictures("PreviewImage", entry), page.pictures("SaveImage", entry)
     assert len(on) == 16 and any((a != b).any() for a, b in zip(off, on))
-    said = page.said().splitlines()
-    assert said[0] == "corrected 20 of 20 model calls" and said[2].startswith("as the unwanted condition tells (t ")
+    assert " pictures steered away" in page.said().splitlines()[0]
 
 
 def search(page, words, enter=False):
@@ -404,7 +403,7 @@ def test_a_blueprint_is_there_with_its_knobs_and_runs(page):
     told = page.view.evaluate("""() => { const node = app.graph.nodes.find(n => n.subgraph);
         return [node, node.subgraph.nodes.find(n => n.type === 'SafeDenoiserKSampler')].map(
             n => n.widgets.find(w => w.name === 'safe_denoiser_text')?.element?.textContent) }""")
-    assert told[0] == told[1] and told[0].startswith("corrected 20 of 20 model calls")
+    assert told[0] == told[1] and " pictures steered away" in told[0]
 
 
 def test_bypass_and_mute(page):

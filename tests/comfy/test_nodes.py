@@ -23,7 +23,7 @@ IDS = {
     "CombineNegationSets": "Combine Negation Sets", "Report": "Safe Denoiser Report", "ClassCondition": "Class Condition",
     "DescribeNegationSet": "Describe Negation Set", "GuardPrompt": "Guard Prompt", "GuardModel": "Guard Model (SLD)",
     "LearnUnwantedCondition": "Learn Unwanted Condition", "SaveUnwantedCondition": "Save Unwanted Condition",
-    "LoadUnwantedCondition": "Load Unwanted Condition",
+    "LoadUnwantedCondition": "Load Unwanted Condition", "KeepOut": "Keep Out",
 }
 
 
@@ -125,6 +125,7 @@ def test_combined_sets_weigh_the_bank(run, tiny, sets):
 
 def test_the_sampling_node_tells_how_it_goes(run, tiny, sample, monkeypatch):
     """The page's script: some of the steps while it runs, and the verdict at the end."""
+    import comfy.model_management as management
     from comfy_execution.utils import CurrentNodeContext
 
     sent = []
@@ -138,11 +139,18 @@ def test_the_sampling_node_tells_how_it_goes(run, tiny, sample, monkeypatch):
     with CurrentNodeContext("prompt", "7"):
         _, report = sample.safe()
         assert {node for node, _ in sent} == {"7"}
-        assert [text.partition(":")[0] for _, text in sent] == [f"call {i}" for i in range(1, 6)] + [report.verdict.replace(", ", "\n", 1)]
-        assert sent[0][1] == f"call 1: r {report.values['posterior'][0].max():.2f}, correction {report.values['correction'][0].max():.1%}"
+        steered = [int((c >= 0.05).sum()) for c in report.values["correction"][:5]]
+        during = {0: "nothing to steer in this step", 1: "steering 1 of 2 pictures", 2: "steering all pictures"}
+        assert [text for _, text in sent] == [*map(during.get, steered), report.sentence]
+        assert report.sentence.startswith("all pictures steered away, most by tiny_sevens_")
         sent.clear()
         sample.safe(settings=dict(strength=0.0))
         assert sent == [("7", "off: strength is 0")]
+        sent.clear()
+        management.interrupt_current_processing()
+        with pytest.raises(management.InterruptProcessingException):
+            sample.safe(settings=dict(strength=0.0))
+        assert sent == [("7", "stopped")], "a run that failed says nothing of settings"
         sent.clear()
         server.client_id = None  # a prompt that no page has posted
         sample.safe()

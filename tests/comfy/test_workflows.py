@@ -277,7 +277,7 @@ def test_tiny_digits_runs(draw, digits):
     assert len(off) == len(on) == 16
     assert (off == 7).any() and not (on == 7).any(), "sevens are negated"
     assert (on == off)[off != 7].all(), "the others stay as they were"
-    assert report.startswith("corrected 20 of 20 model calls")
+    assert "corrected 20 of 20 model calls" in report
 
 
 def test_the_unwanted_condition_runs(draw, digits):
@@ -286,7 +286,7 @@ def test_the_unwanted_condition_runs(draw, digits):
     off, on = digits(pictures["PreviewImage"]), digits(pictures["SaveImage"])
     assert (off == 7).any() and torch.isin(on, torch.tensor([1, 4])).all()
     assert (on == off)[off != 7].float().mean() > 0.8
-    assert report.startswith("corrected 20 of 20 model calls") and "as the unwanted condition tells" in report.splitlines()[0]
+    assert "corrected 20 of 20 model calls" in report and "as the unwanted condition tells" in report
 
 
 def test_a_folder_alone_is_enough(draw, digits):
@@ -295,7 +295,7 @@ def test_a_folder_alone_is_enough(draw, digits):
     off, on = digits(pictures["PreviewImage"]), digits(pictures["SaveImage"])
     assert (off == 7).any() and not (on == 7).any()
     assert (on == off)[off != 7].float().mean() > 0.8
-    assert "as the unwanted condition tells" in report.splitlines()[0]
+    assert "as the unwanted condition tells" in report
 
 
 def test_layers_catch_what_the_ones_before_let_through(draw, digits):
@@ -316,7 +316,7 @@ def test_strength_0_is_the_stock_sampler(name, draw):
 
 def test_apply_with_a_custom_sampler_runs_and_equals_the_safe_ksampler(draw, digits):
     pictures, report = draw("apply_sampler_custom_advanced")
-    assert report.startswith("corrected 20 of 20 model calls"), "read after sampling"
+    assert "corrected 20 of 20 model calls" in report, "read after sampling"
     assert not (digits(pictures["SaveImage"]) == 7).any()
     for strength in (0, 1):
         custom, _ = draw("apply_sampler_custom_advanced", noise_seed=1, strength=strength)
@@ -337,7 +337,7 @@ def test_compare_shows_off_beside_on(draw, digits):
     alone, _ = draw("tiny_digits", seed=7)
     assert np.array_equal(off, alone["PreviewImage"]) and np.array_equal(on, alone["SaveImage"])
     assert (digits(off) == 7).any() and not (digits(on) == 7).any()
-    assert report.startswith("corrected 20 of 20 model calls")
+    assert "corrected 20 of 20 model calls" in report
 
 
 def test_the_sheet_has_strength_by_window(draw):
@@ -353,7 +353,7 @@ def test_a_set_that_the_model_made_itself_negates(draw, digits, server):
     pictures, report = draw("generate_negation_set")
     off, on = (digits(pictures[kind]) for kind in ("PreviewImage", "SaveImage"))
     assert (off == 7).sum() >= 4 and (on == 7).sum() <= 1
-    assert report.startswith("corrected 20 of 20 model calls")
+    assert "corrected 20 of 20 model calls" in report
     folders = server.get("/object_info/SafeDenoiserLoadNegationSet")["SafeDenoiserLoadNegationSet"]["input"]["required"]["folder"]
     assert "generated_00001_.safetensors" in folders[1]["options"], "the bank that it saved is a set of the next run"
 
