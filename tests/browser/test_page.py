@@ -358,6 +358,11 @@ def test_the_unwanted_condition_runs_and_the_node_says_what_it_told(page):
     assert " pictures steered away" in page.said().splitlines()[0]
 
 
+WISHES = ("unwanted", "unsafe", "nsfw", "nsfw filter", "nudity", "censor", "exclude", "remove", "avoid", "block", "filter",
+          "content filter", "prevent", "suppress", "blocklist", "trademark", "celebrity", "negative prompt flux",
+          "不想要", "裸体", "屏蔽", "ヌード", "除外", "누드", "차단", "nudité", "éviter", "desnudez", "bloquear")
+
+
 def search(page, words, enter=False):
     """Type into the search for nodes; the text of what it lists."""
     page.view.evaluate("void app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
@@ -375,6 +380,14 @@ def test_the_search_finds_the_nodes_by_what_people_call_them(page):
         pytest.skip("this ComfyUI knows no search aliases")
     for words, node in (("unlearn", "Load Negation Set"), ("nsfw detector", "Check Images")):
         assert node in search(page, words), words
+    page.view.evaluate("void app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    page.view.wait_for_timeout(800)
+    for words in WISHES:
+        page.view.keyboard.press("Control+a")
+        page.view.keyboard.type(words)
+        page.view.wait_for_timeout(600)
+        assert "\nKeep Out\n" in page.view.locator("[role=dialog]").first.inner_text(), words
+    page.press("Escape")
 
 
 @BOTH

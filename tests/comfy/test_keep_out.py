@@ -92,4 +92,4 @@ def test_its_text_is_a_sentence_for_each_line_on_the_node_itself(run, tiny, clip
     assert {node for node, _ in sent} == {"3"}, "the sampler's node has nothing to say"
     assert sent[0][1].startswith("steering all pictures away from “")
     assert sent[-1][1] == ("all pictures steered away from “seven”\n"
-                           "next to nothing was steered: the prompt does not come near “round”")
+                           "nothing was steered: the prompt does not come near “round”")

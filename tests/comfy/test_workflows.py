@@ -181,13 +181,22 @@ def test_what_is_broken_is_noticed(what, object_info):
     assert [problem for problem in problems(workflow, object_info) if what in problem]
 
 
+def test_keep_out_is_the_default_workflow_with_one_node_and_three_wires():
+    workflow = load("keep_out")
+    number = node_of(workflow, "SafeDenoiserKeepOut")["id"]
+    assert [link[5] for link in workflow["links"] if number in (link[1], link[3])] == ["MODEL", "CLIP", "MODEL"]
+    others = sorted(node["type"] for node in workflow["nodes"] if node["id"] != number and node["type"] not in PAGE_ONLY)
+    assert others == sorted(["CheckpointLoaderSimple", "CLIPTextEncode", "CLIPTextEncode", "EmptyLatentImage", "KSampler", "VAEDecode",
+                             "SaveImage"])
+
+
 # --- what a person sees --------------------------------------------------------------------------------------------
 
 def test_the_page_lists_them_with_thumbnails(server):
     assert set(NAMES) >= {"tiny_digits", "sd15", "sdxl", "sd35", "flux", "apply_sampler_custom_advanced",
                           "compare_off_on", "xy_strength_window", "generate_negation_set", "check_and_sample_again", "check_and_branch",
                           "tiny_unwanted", "unwanted_words", "unwanted_pictures_redux", "unwanted_pictures_unclip", "unwanted_at_cfg_1",
-                          "layers", "tiny_layers", "negation_set_only"}
+                          "layers", "tiny_layers", "negation_set_only", "keep_out"}
     assert sorted(server.get("/workflow_templates")["comfyui-safe-denoiser"]) == NAMES
     for name in NAMES:
         data = server.request(f"/api/workflow_templates/comfyui-safe-denoiser/{name}.jpg")
@@ -201,7 +210,7 @@ def test_the_note_says_which_files_go_where(name):
     text = node_of(workflow, "MarkdownNote")["widgets_values"][0]
     chosen = {value for node in workflow["nodes"] for value in node.get("widgets_values", []) if value in NOT_HERE}
     assert [value for value in chosen if value not in text] == []
-    assert not chosen or "input/negation_sets/my_negation_set/" in text
+    assert "my_negation_set" not in chosen or "input/negation_sets/my_negation_set/" in text
     assert "0 is off" in text and "can be decoded back into pictures" in text
 
 
