@@ -44,7 +44,7 @@ function drawn(view) {
 }
 
 function build(node) {
-  const place = element("div", "display: flex; flex-direction: column; gap: 4px; font: 11px sans-serif; color: var(--input-text, #ddd); overflow: hidden; padding: 2px 6px");
+  const place = element("div", "display: flex; flex-direction: column; gap: 4px; height: 100%; box-sizing: border-box; font: 11px sans-serif; color: var(--input-text, #ddd); overflow: hidden; padding: 2px 6px");
   const row = element("div", "display: flex; gap: 4px"), view = { place, found: {}, said: "", style: "blurred", open: undefined };
   const button = (text, act) => {
     const made = element("button", "flex: 1; padding: 3px; cursor: pointer; color: inherit; font: inherit; background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #555); border-radius: 4px", text);
@@ -53,12 +53,15 @@ function build(node) {
   };
   button("add pictures…", () => pick(node));
   button("new set…", () => makeSet(node));
-  const line = element("div", "white-space: pre-wrap; overflow-wrap: anywhere"), grid = element("div", "display: grid; grid-template-columns: repeat(4, 1fr); gap: 4px; overflow-y: auto; min-height: 0; cursor: pointer");
+  const line = element("div", "white-space: pre-wrap; overflow-wrap: anywhere; max-height: 60px; overflow-y: auto; flex: none");
+  const rest = element("div", "position: relative; flex: 1 1 auto; min-height: 80px"); // of the node's height, whatever is in it
+  const grid = element("div", "position: absolute; inset: 0; display: grid; grid-template-columns: repeat(4, 1fr); grid-auto-rows: max-content; gap: 4px; overflow-y: auto; cursor: pointer");
+  rest.append(grid);
   line.className = "safe-denoiser-set-line";
   grid.className = "safe-denoiser-set-grid";
   grid.addEventListener("click", () => { view.open = !(view.open ?? view.style === "shown"); drawn(view); });
   grid.addEventListener("wheel", (event) => { if (grid.scrollHeight > grid.clientHeight) event.stopPropagation(); });
-  place.append(row, line, grid);
+  place.append(row, line, rest);
   const made = node.addDOMWidget("safe_denoiser_set", "safe_denoiser_set", place, { serialize: false, hideOnZoom: false, getMinHeight: () => LEAST, getValue: () => "", setValue: () => {} });
   made.serialize = false;
   node.safeDenoiserSet = view;
@@ -79,10 +82,10 @@ function say(node, text) {
   drawn(node.safeDenoiserSet);
 }
 
-async function choose(node, name, said) {
-  await app.refreshComboInNodes?.();
-  const folder = widget(node, "folder");
-  folder.value = name;
+async function choose(node, name, said = "") {
+  widget(node, "folder").value = name;
+  node.safeDenoiserSet.said = said;
+  await app.refreshComboInNodes?.(); // lists the set, and has all that is shown looked up anew
   node.graph?.setDirtyCanvas?.(true, true);
   await look(node, said);
 }
