@@ -296,6 +296,7 @@ def test_each_node_has_its_help_panel(page):
 def test_undo_redo_and_copies_keep_the_values(page):
     page.load("apply_sampler_custom_advanced")
     original = page.values("SafeDenoiserApply")
+    page.unfold("SafeDenoiserApply")
     page.choose("SafeDenoiserApply", "method", "spell")
     page.press("Control+z")
     assert page.values("SafeDenoiserApply") == original
@@ -454,6 +455,7 @@ def japanese(page):
 def test_names_and_tooltips_follow_the_language(japanese):
     page, words = japanese, json.loads((ROOT / "locales/ja/nodeDefs.json").read_text(encoding="utf-8"))["SafeDenoiserApply"]
     page.view.evaluate("() => { app.graph.clear(); const node = LiteGraph.createNode('SafeDenoiserApply'); app.graph.add(node) }")
+    page.unfold("SafeDenoiserApply")
     labels = page.view.evaluate("app.graph.nodes[0].widgets.map(w => w.label)")
     assert labels == [words["inputs"][name]["name"] for name in page.values("SafeDenoiserApply")]
     x, y = page.place("SafeDenoiserApply", "weight")

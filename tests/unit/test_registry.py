@@ -81,7 +81,8 @@ def test_the_archive_holds_what_runs_and_nothing_else():
 
     for path in ("__init__.py", "nodes/sample.py", "safe_denoiser/bank.py", "web/safe_denoiser.js", "web/docs/SafeDenoiserReport.md",
                  "web/docs/img/SafeDenoiserReport.png", "locales/zh/nodeDefs.json", "example_workflows/tiny_digits.json",
-                 "example_workflows/tiny_digits.jpg", "tiny_digits/models/diffusion_models/tiny_digits.safetensors", "LICENSE", "requirements.txt",
+                 "example_workflows/tiny_digits.jpg", "tiny_digits/models/diffusion_models/tiny_digits.safetensors", "LICENSE",
+                 "requirements.txt",
                  "subgraphs/Sample safely.json", "pyproject.toml"):
         assert (ROOT / path).is_file() and ships(path), path
     for path in ("tests/conftest.py", "benchmarks/safety.py", "dev.py", "assets/banner.svg", "tiny_digits/world.py",
