@@ -40,3 +40,13 @@ def afterwards(summary: dict[str, float], correction: np.ndarray, asked: bool, w
     if not summary["correction"]:
         return ""
     return f"next to nothing was steered: {far if summary['posterior'] < 0.5 else 'the corrections were too small to see'}"
+
+
+def left(done: int, count: int, seconds: float) -> str:
+    """How far something is that takes a while.
+
+    >>> left(12, 100, 250), left(12, 100, 20), left(100, 100, 0)
+    ('12 of 100, 4 min left', '12 of 100, 20 s left', '100 of 100')
+    """
+    time = f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min"
+    return f"{done} of {count}" + (f", {time} left" if done < count else "")

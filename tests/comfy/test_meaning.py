@@ -24,7 +24,7 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 from comfy.cli_args import args
 args.cpu, args.base_directory = True, sys.argv[2]
-import nodes, comfy.samplers, latent_preview
+import nodes, comfy.samplers, latent_preview, aiohttp.web  # of its server, too
 import comfy_api.latest, comfy_execution.utils, comfy_execution.graph_utils
 sys.path.pop(0)
 import asyncio, importlib.util, pathlib

@@ -280,13 +280,31 @@ def test_the_reference_bank_is_sampled_once(run, tiny, monkeypatch):
     assert len(calls) == 3 and first.latents.shape == (5, 16, 4, 4) and first.metadata["space"] == "vae"
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(reference().latents, first.latents) and not calls
-    for change in (dict(seed=1), dict(count=4), dict(steps=4), dict(latent=tiny.latent(1, 48, 32)), dict(conditioning=tiny.straight)):
+    for count, more in ((4, 0), (5, 0), (7, 2), (5, 0)):
+        grown = reference(count=count).latents
+        assert len(grown) == count and len(calls) == more and torch.equal(grown[:5], first.latents[:count]), "only what is missing"
+    for change in (dict(seed=1), dict(steps=4), dict(latent=tiny.latent(1, 48, 32)), dict(conditioning=tiny.straight)):
         reference(**change)
         assert calls, change
     lora = tiny.model.clone()
     lora.add_patches({"diffusion_model.x_embedder.proj.bias": (torch.ones(192),)})
     assert not torch.equal(reference(model=lora).latents, first.latents) and calls
     assert torch.equal(reference().latents, first.latents) and not calls, "loading a LoRA does not change the key of the plain model"
+
+
+def test_the_reference_bank_tells_how_long_it_takes_and_counts_what_is_kept(run, tiny, monkeypatch):
+    import comfy.utils
+
+    sent, bar = [], []
+    monkeypatch.setattr("pack.nodes.live.Live.send", lambda self, text: sent.append(text))
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda self, value, total=None, preview=None: bar.append(value))
+    given = dict(model=tiny.model, latent=tiny.latent(), conditioning=tiny.empty, steps=2, batch_size=2, seed=4321)
+    run("SampleReferenceBank", count=4, **given)
+    assert re.fullmatch(r"2 of 4, \d+ s left", sent[0]) and sent[1:] == ["4 of 4", "4 samples, 4 of them new"]
+    assert bar[-1] == 8 and bar == sorted(bar)
+    sent.clear(), bar.clear()
+    run("SampleReferenceBank", count=6, **given)
+    assert sent == ["6 of 6", "6 samples, 2 of them new"] and bar[:2] == [4, 8] and bar[-1] == 12
 
 
 def test_an_interrupt_while_sampling_the_reference_stores_nothing(run, tiny):
