@@ -95,10 +95,11 @@ def list_sets() -> list[str]:
 
 
 def _empty(root: Path) -> Iterator[tuple[Path, str]]:
-    """Folders below a root in which there is nothing yet."""
+    """Folders below a root in which there is nothing yet, but for those that are called like files."""
     for folder, inside, files in os.walk(root):
         name = Path(folder).relative_to(root).as_posix()
-        if not inside and not files and name != "." and not MARKUP & set(name) and name.isprintable():
+        odd = MARKUP & set(name) or not name.isprintable() or Path(folder).suffix.lower() in PACKED | EXTENSIONS
+        if not inside and not files and name != "." and not odd:
             yield Path(folder), name
 
 
