@@ -1,4 +1,4 @@
-// What the safe denoiser did, as a text on the node that sampled, and why a node was refused. Without this file everything else works.
+// What the safe denoiser did, as a text on the node that steered, why a node was refused, and the colours of our wires. Without this file everything else works.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
@@ -120,9 +120,24 @@ function sayWhatWasRefused() {
   }
 }
 
+// --- A colour for each kind of wire. A colour scheme that is chosen later would make all of ours grey again: neither accessors nor a style
+// sheet are touched by that.
+
+const COLOURS = { NEGATION_SET: "#e8a33d", NEGATION_BANK: "#d9623b", SAFE_DENOISER_REPORT: "#5fa8d3", OPEN_CLIP: "#c9b458", CHECKED_IMAGES: "#5fbf8f", SEMANTIC_POSTERIOR: "#b57edc" };
+
+function colour() {
+  for (const map of [window.LGraphCanvas?.link_type_colors, app.canvas?.default_connection_color_byType]) {
+    for (const [kind, value] of Object.entries(COLOURS)) if (map) Object.defineProperty(map, kind, { get: () => value, set() {}, enumerable: true, configurable: true });
+  }
+  const sheet = document.createElement("style");
+  sheet.textContent = `:root { ${Object.entries(COLOURS).map(([kind, value]) => `--color-datatype-${kind}: ${value};`).join(" ")} }`;
+  document.head.append(sheet);
+}
+
 app.registerExtension({
   name: "SafeDenoiser",
   setup() {
+    colour();
     const queue = api.queuePrompt;
     api.queuePrompt = async function (...args) {
       follow();

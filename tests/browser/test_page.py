@@ -236,6 +236,23 @@ def answer(page, name):
 
 
 @BOTH
+def test_each_kind_of_wire_has_a_colour_whatever_scheme_is_chosen(page):
+    """On the canvas by its own table, in Nodes 2.0 by what its slots really show."""
+    page.load("tiny_digits")
+    for palette in ("dark", "light", "dark"):
+        page.view.evaluate("async name => { await app.extensionManager.setting.set('Comfy.ColorPalette', name) }", palette)
+        page.view.wait_for_timeout(700)
+        links = page.view.evaluate("""() => ['NEGATION_SET', 'NEGATION_BANK', 'SAFE_DENOISER_REPORT', 'OPEN_CLIP', 'CHECKED_IMAGES',
+            'SEMANTIC_POSTERIOR', 'IMAGE', 'MODEL', 'VAE'].map(kind => LGraphCanvas.link_type_colors[kind])""")
+        assert all(links) and len(set(links)) == len(links), (palette, links)
+        if page.modern:
+            slots = page.view.evaluate("""() => { const id = app.graph.nodes.find(n => n.type === 'SafeDenoiserLoadNegationSet').id;
+                return [...document.querySelectorAll(`[data-node-id='${id}'] [style*=color-datatype-NEGATION_SET]`)].map(slot =>
+                    getComputedStyle(slot).backgroundColor) }""")
+            assert slots and set(slots) == {"rgb(232, 163, 61)"}, slots
+
+
+@BOTH
 def test_pictures_get_in_by_the_page(page, server):
     """Into a new set that is asked for, by dropping, pasting and the button; a zip is a set itself; nothing else lands in the graph."""
     root = Path(server.base) / "input/negation_sets"
