@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_conditions import counted
+from test_guard_prompt import KINDS, small
 from test_guiders import GUIDERS, guided, setting
 from test_guiders import sample as sampled
 from test_nodes import DigitWords
@@ -93,3 +94,17 @@ def test_its_text_is_a_sentence_for_each_line_on_the_node_itself(run, tiny, clip
     assert sent[0][1].startswith("steering all pictures away from “")
     assert sent[-1][1] == ("all pictures steered away from “seven”\n"
                            "nothing was steered: the prompt does not come near “round”")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_encodes_as_clip_text_encode_does(kind, run, comfy, monkeypatch):
+    """With ComfyUI's own text encoders."""
+    asked, clip = [], small(kind)
+    monkeypatch.setattr("pack.nodes.keep_out.patch", lambda model, *args, **settings: (asked.append(settings), (model, None))[1])
+    run("KeepOut", model=None, clip=clip, text="blood\n guns ")
+    assert len(asked) == 2 and asked[0]["neutral"] is asked[1]["neutral"]
+    for given, text in ((asked[0]["unwanted"], "blood"), (asked[1]["unwanted"], "guns"), (asked[0]["neutral"], "")):
+        (found, more), = given
+        (wanted, others), = comfy.CLIPTextEncode().encode(clip, text)[0]
+        assert torch.equal(found, wanted) and more.keys() == others.keys()
+        assert more.get("pooled_output") is None or torch.equal(more["pooled_output"], others["pooled_output"])
