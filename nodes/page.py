@@ -42,6 +42,8 @@ def shown(name: str, max_images: int) -> dict:
         path = folders.resolve(folders.SETS, name)
         if folders.is_empty(path):
             return told | {"info": f"{name} is empty: drop pictures here"}
+        if path.suffix.lower() == ".safetensors":  # it may be many gigabytes, for nothing but grey tiles
+            return told | {"info": f"{name}: a saved bank, which holds no pictures to show"}
         found = folders.read_set(name, max_images, lambda done, total: None)
     except (ValueError, OSError) as error:
         return told | {"problem": str(error)}

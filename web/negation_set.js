@@ -31,9 +31,10 @@ function drawn(view) {
   place.querySelector(".safe-denoiser-set-line").textContent = said || found.problem || found.info || "drop pictures here, or choose a set";
   const grid = place.querySelector(".safe-denoiser-set-grid");
   grid.title = style === "off" ? "" : shown ? "click to blur" : "click to show";
+  // a sixth of a picture's width: as much as the server's own previews are blurred, however large the node is made
   grid.replaceChildren(...(style === "off" ? [] : found.pictures ?? []).map(({ name, picture }) => {
-    const tile = element("div", "overflow: hidden; min-width: 0"), frame = element("div", "overflow: hidden; border-radius: 3px");
-    const image = element("img", `width: 100%; aspect-ratio: 1; display: block; filter: ${shown ? "none" : "blur(12px)"}`);
+    const tile = element("div", "overflow: hidden; min-width: 0"), frame = element("div", "overflow: hidden; border-radius: 3px; container-type: inline-size");
+    const image = element("img", `width: 100%; aspect-ratio: 1; display: block; filter: ${shown ? "none" : "blur(16cqw)"}`);
     image.src = picture;
     image.draggable = false;
     frame.append(image);
@@ -71,7 +72,9 @@ function build(node) {
 
 async function look(node, said = "") {
   const view = node.safeDenoiserSet, name = widget(node, "folder")?.value;
-  const found = await ask("set", { name: name ?? "", max: widget(node, "max_images")?.value ?? 0 });
+  const slow = setTimeout(() => say(node, "looking at the pictures…"), 700);
+  const found = await ask("set", { name: name ?? "", max: widget(node, "max_images")?.value ?? 0 }).catch(() => ({ problem: "the server does not answer" }));
+  clearTimeout(slow);
   if (name !== widget(node, "folder")?.value) return; // chosen anew in the meantime, and asked again
   Object.assign(view, { found, said, style: widget(node, "preview")?.value, open: undefined });
   drawn(view);

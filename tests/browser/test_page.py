@@ -164,7 +164,9 @@ class Sheet:
 
     @property
     def blurred(self):
-        return set(self.place.locator("img").evaluate_all("all => all.map(one => one.style.filter.startsWith('blur'))"))
+        """Of each picture, whether it is beyond recognition: by an eighth of its width at least, as it is drawn."""
+        return set(self.place.locator("img").evaluate_all("""all => all.map(one =>
+            parseFloat(getComputedStyle(one).filter.replace('blur(', '')) >= one.clientWidth / 8)"""))
 
     @property
     def said(self):

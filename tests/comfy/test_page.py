@@ -159,6 +159,13 @@ def test_a_zip_is_a_set_and_another_of_its_name_is_another(server, sets):
     assert len(told["pictures"]) == 2 and not told["own"] and (sets / "pack.zip").read_bytes() == first
 
 
+def test_a_saved_bank_is_named_and_not_read(server, sets):
+    (sets / "bank.safetensors").write_bytes(b"not even one")
+    _, told = ask(server, "set", {"name": "bank.safetensors"})
+    assert told == {"own": False, "info": "bank.safetensors: a saved bank, which holds no pictures to show", "pictures": [], "problem": ""}
+    assert ask(server, "set", {"name": "gone"})[1]["problem"].startswith("negation set 'gone' is not on this machine")
+
+
 def test_500_files_at_once(server, sets):
     ask(server, "set", {"name": "many"}, b"")
     answers = []
