@@ -13,8 +13,10 @@ from . import (
     folders,
     guard_model,
     guard_prompt,
+    keep_out,
     learn,
     negation_set,
+    page,
     reference,
     report,
     sample,
@@ -29,6 +31,7 @@ class SafeDenoiserExtension(ComfyExtension):
         if line := versions.too_old():
             logging.warning(line)
         folders.register()  # before any schema lists its files
+        page.register()
         stations = (negation_set, bank, reference, sample, report, clip, curate, check, semantic, class_condition, describe, guard_prompt,
-                    guard_model, learn, saved_condition)
+                    guard_model, learn, saved_condition, keep_out)
         return [node for station in stations for node in station.NODES]

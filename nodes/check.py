@@ -69,7 +69,7 @@ class CheckImages(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SafeDenoiserCheckImages", display_name="Check Images", category=f"{CATEGORY}/meaning",
-            **found_by("nsfw", "nsfw detector", "safety checker", "censor", "filter images", "moderation", essential="Image Tools"),
+            **found_by("nsfw", "nsfw detector", "safety checker", "censor", "filter images", "moderation"),
             description="Second layer, after decoding: blocks pictures that mean much the same as a picture of the negation set.",
             inputs=[
                 io.Image.Input("images", tooltip="The decoded pictures."),

@@ -17,14 +17,18 @@ from .fingerprint import fingerprint_model
 from .live import Live, progress
 from .types import CATEGORY, ClipType, NegationSetType, found_by
 
+RECOMMENDED = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-B-16-SigLIP", "ViT-SO400M-14-SigLIP")  # small to large
 BY_TAG, CONSENT = "pretrained tag", "SAFE_DENOISER_ALLOW_DOWNLOAD"
 
 
 def architectures() -> list[str]:
-    """Names of the architectures that open_clip knows, read from its folder: importing it takes seconds."""
+    """Names of the architectures that open_clip knows, read from its folder: importing it takes seconds. Those
+    that most people want come first.
+    """
     found = find_spec("open_clip")
     configs = Path(found.origin).parent.glob("model_configs/*.json") if found and found.origin else ()
-    return sorted((path.stem for path in configs), key=str.lower) or ["ViT-B-32"]
+    names = sorted((path.stem for path in configs), key=str.lower)
+    return [*(name for name in RECOMMENDED if name in names), *(name for name in names if name not in RECOMMENDED)] or ["ViT-B-32"]
 
 
 def consents() -> bool:

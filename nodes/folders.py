@@ -19,6 +19,7 @@ from ..safe_denoiser.pictures import printable, state_of
 PACKED, WEIGHTS = {".zip", ".safetensors"}, {".safetensors", ".bin", ".pt", ".pth"}
 SETS, BANKS, CLIPS, CONDITIONS = "negation_sets", "negation_banks", "open_clip", "unwanted_conditions"
 CACHE_LIMIT = float(os.environ.get("SAFE_DENOISER_CACHE_GB", 8)) * 2**30  # bytes of each cache; beyond, the oldest files go
+CHOOSE = "choose a set"  # what the list of sets begins with: a new node negates nothing that nobody chose
 MARKUP = {"<", ">"}  # in a name: some pages make HTML of the entries of a list
 _left_out: set[Path] = set()  # entries of which it was said
 TINY = [Path(__file__).resolve().parent.parent / world / "models" for world in ("tiny_digits", "tiny_photos")]
@@ -74,7 +75,9 @@ def _leave_out(path: Path, error: Exception) -> None:
 
 
 def list_sets() -> list[str]:
-    """Names of all folders that hold pictures, "people/alice" style, and of all zip files and saved banks, with their suffix."""
+    """Names of all folders that hold pictures, or nothing at all, "people/alice" style, and of all zip files and saved banks, with their
+    suffix.
+    """
     names, known = set(), set()
 
     def wanted(path: Path) -> bool:
@@ -87,7 +90,22 @@ def list_sets() -> list[str]:
                 known.add(path.parent)
                 name = name.rpartition("/")[0]
             names.add(name)
+        names |= {name for path, name in _empty(root)}
     return sorted(names)
+
+
+def _empty(root: Path) -> Iterator[tuple[Path, str]]:
+    """Folders below a root in which there is nothing yet, but for those that are called like files."""
+    for folder, inside, files in os.walk(root):
+        name = Path(folder).relative_to(root).as_posix()
+        odd = MARKUP & set(name) or not name.isprintable() or Path(folder).suffix.lower() in PACKED | EXTENSIONS
+        if not inside and not files and name != "." and not odd:
+            yield Path(folder), name
+
+
+def is_empty(path: Path) -> bool:
+    """Whether it is a folder in which there is nothing yet."""
+    return path.is_dir() and not any(path.iterdir())
 
 
 def list_banks(kind: str = BANKS) -> list[str]:
@@ -174,6 +192,8 @@ def resolve(kind: str, name: str) -> Path:
 
 def problem(kind: str, name: str) -> bool | str:
     """What `validate_inputs` wants: True, or what is wrong with a choice that a workflow brought along."""
+    if kind == SETS and name == CHOOSE:
+        return "no set is chosen; choose one in the list, or drop pictures onto the node"
     try:
         resolve(kind, name)
         return True

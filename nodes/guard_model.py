@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ..safe_denoiser.guards import PRESETS, Sld
 from .sample import OUTPUT_REPORT
 from .steer import patch
-from .types import CATEGORY, ReportType, found_by
+from .types import CATEGORY, OWN_TEXT, ReportType, folded, found_by
 
 OWN = "own numbers"
 
@@ -28,18 +28,20 @@ class GuardModel(io.ComfyNode):
                                        "own numbers: those below."),
                 io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01,
                                tooltip="Times the push. 1: as published. 0: off, bit for bit."),
-                io.Float.Input("warmup", default=warmup, min=0.0, max=1.0, step=0.01,
-                               tooltip="Fraction of the schedule before which it only gathers momentum. For own numbers."),
-                io.Float.Input("scale", default=numbers.scale, min=0.0, max=100_000.0, step=10.0,
-                               tooltip="s_S: how soon a difference of two predictions counts fully. For own numbers."),
-                io.Float.Input("threshold", default=numbers.threshold, min=-10.0, max=10.0, step=0.001, round=0.0001,
-                               tooltip="lambda: it pushes where the prompt's prediction exceeds the unwanted one's by less than this. For "
-                                       "own numbers."),
-                io.Float.Input("momentum_scale", default=numbers.momentum_scale, min=0.0, max=1.0, step=0.01,
-                               tooltip="s_m: how much of the pushes before is added. For own numbers."),
-                io.Float.Input("momentum_beta", default=numbers.momentum_beta, min=0.0, max=0.99, step=0.01,
-                               tooltip="beta_m: how slowly the pushes before are forgotten. For own numbers."),
+                *folded(
+                    io.Float.Input("warmup", default=warmup, min=0.0, max=1.0, step=0.01,
+                                   tooltip="Fraction of the schedule before which it only gathers momentum. For own numbers."),
+                    io.Float.Input("scale", default=numbers.scale, min=0.0, max=100_000.0, step=10.0,
+                                   tooltip="s_S: how soon a difference of two predictions counts fully. For own numbers."),
+                    io.Float.Input("threshold", default=numbers.threshold, min=-10.0, max=10.0, step=0.001, round=0.0001,
+                                   tooltip="lambda: it pushes where the prompt's prediction exceeds the unwanted one's by less than this. "
+                                           "For own numbers."),
+                    io.Float.Input("momentum_scale", default=numbers.momentum_scale, min=0.0, max=1.0, step=0.01,
+                                   tooltip="s_m: how much of the pushes before is added. For own numbers."),
+                    io.Float.Input("momentum_beta", default=numbers.momentum_beta, min=0.0, max=0.99, step=0.01,
+                                   tooltip="beta_m: how slowly the pushes before are forgotten. For own numbers.")),
             ],
+            hidden=OWN_TEXT,
             outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider."),
                      ReportType.Output(display_name="report", tooltip=OUTPUT_REPORT)],
         )

@@ -47,7 +47,7 @@ class LoadNegationSet(io.ComfyNode):
             description="Pictures that must not come out (unsafe, copyrighted, a person who wishes to be forgotten): a folder or a zip "
                         "file in input/negation_sets or models/negation_sets, or a saved bank.",
             inputs=[
-                io.Combo.Input("folder", options=folders.list_sets(),
+                io.Combo.Input("folder", options=[folders.CHOOSE, *folders.list_sets()], default=folders.CHOOSE,
                                tooltip="A folder or zip file of pictures under input/negation_sets or models/negation_sets, or a bank "
                                        "that Save Negation Bank wrote. Press R after adding one."),
                 io.Int.Input("max_images", default=0, min=0, max=100_000,

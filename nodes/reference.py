@@ -1,21 +1,27 @@
 """Sample Reference Bank: what the model makes by itself."""
+import time
+
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
+import latent_preview
 import torch
 from comfy_api.latest import io
 
 from ..safe_denoiser import Bank, LatentCache
+from ..safe_denoiser.sentence import left
 from ..safe_denoiser.trust import SAMPLED
 from . import folders
 from .bank import parts_of, picture_stream, require_pictures, resizing
 from .fingerprint import fingerprint, fingerprint_model
+from .live import Live
 from .types import CATEGORY, NegationBankType, found_by, wrong_wire
 
 
 def sample_bank(model, conditioning, streams, count, seed, steps, sampler_name, scheduler, batch_size, cache: LatentCache) -> Bank:
-    """`count` samples of the model at cfg 1, as a bank of raw VAE latents; progress and interrupt after each model step.
+    """`count` samples of the model at cfg 1, as a bank of raw VAE latents; progress and interrupt after each model step. Those that were
+    made before, for fewer or until somebody stopped, are kept, and only the others are sampled.
 
     Args:
         streams: shapes of what is sampled, without the batch: of the picture, and of the sound beside it where the model makes both.
@@ -24,33 +30,63 @@ def sample_bank(model, conditioning, streams, count, seed, steps, sampler_name, 
     Raises:
         ValueError: the model makes no numbers.
     """
-    latents, bar = [], comfy.utils.ProgressBar(steps * -(-count // batch_size))
-    generator = torch.Generator().manual_seed(seed)
-
-    def after_step(*_):
-        bar.update(1)
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
-    def draw(fill, size):
-        drawn = [fill((size, *shape)) for shape in streams]
-        if len(drawn) == 1:
-            return drawn[0]
-        from comfy.nested_tensor import NestedTensor  # older ComfyUI has neither it nor such models
-        return NestedTensor(drawn)
-
+    latents, generator, told = [], torch.Generator().manual_seed(seed), Progress(model, count, steps)
     for start in range(0, count, batch_size):
         size, path = min(batch_size, count - start), cache.path(f"samples from {start}", streams[0], "")
-        noise = draw(lambda shape: torch.randn(shape, generator=generator), size)  # as well where it is not needed: the next are the same
+        noise = [torch.randn((batch_size, *shape), generator=generator) for shape in streams]  # as well where it is not needed
         found = cache.get(path)
-        if found is None or len(found) != size:
-            sampled = comfy.sample.sample(model, noise, steps, 1.0, sampler_name, scheduler, conditioning, conditioning,
-                                          draw(torch.zeros, size), callback=after_step, disable_pbar=True, seed=seed + start)
-            found = picture_stream(sampled).cpu()
-            if not bool(found.isfinite().all()):
+        kept = 0 if found is None else min(len(found), size)
+        told.kept(kept)
+        if kept < size:
+            rows = slice(kept, size)
+            sampled = comfy.sample.sample(model, _nested([one[rows] for one in noise]), steps, 1.0, sampler_name, scheduler, conditioning,
+                                          conditioning, _nested([one[rows] * 0 for one in noise]), callback=told.step, disable_pbar=True,
+                                          seed=seed + start)
+            made = picture_stream(sampled).cpu()
+            if not bool(made.isfinite().all()):
                 raise ValueError("the model gives NaN or infinity, so what it makes cannot be a reference; sample with it, and see why")
+            found = torch.cat([found[:kept], made]) if kept else made
             cache.put(path, found.contiguous())
-        latents.append(found)
+            told.made(size - kept)
+        latents.append(found[:size])
+    told.end()
     return Bank(torch.cat(latents), metadata={"space": "vae", "source": SAMPLED})
+
+
+def _nested(parts: list[torch.Tensor]):
+    """What ComfyUI samples: of several streams in one, which older ComfyUI does not know, nor models that make them."""
+    if len(parts) == 1:
+        return parts[0]
+    from comfy.nested_tensor import NestedTensor
+    return NestedTensor(parts)
+
+
+class Progress:
+    """The bar, which counts what is kept as well, a picture of what is being sampled where previews are on, and how long it will take."""
+
+    def __init__(self, model, count: int, steps: int):
+        self.count, self.steps, self.done, self.new, self.began = count, steps, 0, 0, time.monotonic()
+        self.bar, self.live = comfy.utils.ProgressBar(count * steps), Live()
+        self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def step(self, step: int, x0, x, _total: int) -> None:
+        plain = self.previewer is not None and isinstance(x0, torch.Tensor) and x0.ndim == 4
+        preview = self.previewer.decode_latent_to_preview_image("JPEG", x0) if plain else None
+        rows = len(picture_stream(x))
+        self.bar.update_absolute(self.done * self.steps + rows * (step + 1), self.count * self.steps, preview)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def kept(self, rows: int) -> None:
+        self.done += rows
+        self.bar.update_absolute(self.done * self.steps)
+
+    def made(self, rows: int) -> None:
+        self.done, self.new = self.done + rows, self.new + rows
+        each = (time.monotonic() - self.began) / self.new
+        self.live.send(left(self.done, self.count, each * (self.count - self.done)))
+
+    def end(self) -> None:
+        self.live.send(f"{self.count} samples, {self.new} of them new")
 
 
 def streams(model, latent) -> list[tuple[int, ...]]:
@@ -98,10 +134,10 @@ class SampleReferenceBank(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, conditioning, count, seed, steps, sampler_name, scheduler, batch_size) -> io.NodeOutput:
-        settings = (streams(model, latent), count, seed, steps, sampler_name, scheduler, batch_size)
-        key = fingerprint(fingerprint_model(model), conditioning, *settings)
+        shapes, settings = streams(model, latent), (seed, steps, sampler_name, scheduler, batch_size)
+        key = fingerprint(fingerprint_model(model), conditioning, shapes, *settings)
         cache = LatentCache(folders.cache("reference"), key, folders.CACHE_LIMIT)
-        bank = sample_bank(model, conditioning, *settings, cache)
+        bank = sample_bank(model, conditioning, shapes, count, *settings, cache)
         cache.trim()
         return io.NodeOutput(bank)
 

@@ -52,7 +52,7 @@ def remember(report: Report, samples, memory: dict, conds: dict, sigma: float) -
         conds: that it was sampled under; what it remembers holds under these.
     """
     key = _key(report, samples)
-    _runs[key] = Kept(replace(report, steps=[*report.steps], notes=[*report.notes]), memory, _told(conds), sigma)
+    _runs[key] = Kept(replace(report, steps=[*report.steps], notes=[*report.notes], weak=[*report.weak]), memory, _told(conds), sigma)
     _runs.move_to_end(key)
     while len(_runs) > LATEST:
         _runs.popitem(last=False)

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..safe_denoiser.denoiser import METHODS, SafeDenoiser
 from ..safe_denoiser.settings import WEIGHTS
 from .steer import patch
-from .types import CATEGORY, NegationBankType, ReportType, SemanticType, found_by, wrong_wire
+from .types import CATEGORY, OWN_TEXT, NegationBankType, ReportType, SemanticType, folded, found_by, wrong_wire
 
 
 def bank_inputs() -> list[io.Input]:
@@ -33,25 +33,53 @@ def condition_inputs() -> list[io.Input]:
 
 
 def check_input() -> io.Input:
-    return io.Boolean.Input("check", default=True, optional=True,
-                            tooltip="With unwanted and a negation bank: see after runs, in at most 5 % of their time, if the condition "
-                                    "means the pictures of the bank, and say so on the node and in the report.")
+    one, = folded(io.Boolean.Input(
+        "check", default=True, optional=True,
+        tooltip="With unwanted and a negation bank: see after runs, in at most 5 % of their time, if the condition means the pictures of "
+                "the bank, and say so on the node and in the report."))
+    return one
 
 
 def guidance_inputs() -> list[io.Input]:
     return [
-        io.Combo.Input("method", options=list(METHODS), default=SafeDenoiser.method,
+        *folded(io.Combo.Input("method", options=list(METHODS), default=SafeDenoiser.method,
                        tooltip="safe_denoiser: steers by the banks that are connected (recommended). spell: pushes out of a shield around "
                                "each picture. official: the rule of the paper's published code; set strength 0.33 and window 0 to 0.22 as "
-                               "published. sld: Guard Model (SLD), preset medium."),
+                               "published. sld: Guard Model (SLD), preset medium.")),
         io.Float.Input("strength", default=SafeDenoiser.strength, min=0.0, max=10.0, step=0.01,
                        tooltip="How far each prediction is moved: 1 as derived, 0 off (bit for bit the stock sampler), up to 2 for more."),
         io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01,
                        tooltip="Fraction of the schedule at which the safe denoiser starts. 0: from the first step."),
         io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01,
                        tooltip="Fraction of the schedule at which it stops. 1: to the last step. Early steps decide what a picture shows."),
-        io.Combo.Input("bank_size", options=["exact", "interpolate"], default="exact",
-                       tooltip="exact: a bank of another size than the latent is an error. interpolate: it is resized, which blurs it."),
+        *folded(io.Combo.Input("bank_size", options=["exact", "interpolate"], default="exact",
+                               tooltip="exact: a bank of another size than the latent is an error. interpolate: it is resized, which "
+                                       "blurs it.")),
+    ]
+
+
+def number_inputs() -> list[io.Input]:
+    """How P(unsafe) is found, for those who want to know."""
+    return [
+        io.Combo.Input("weight", options=list(WEIGHTS), default=SafeDenoiser.weight,
+                       tooltip="How P(unsafe) is found. auto: witness with an unwanted condition; else evidence with a "
+                               "reference bank (gaussian where distances cannot tell the banks apart), retain with a retain "
+                               "bank, else unconditional (leave the negative prompt empty), else, at cfg 1, gate. The others "
+                               "are for comparison. Only for method safe_denoiser."),
+        io.Float.Input("prior", default=0.0, min=0.0, max=0.999, step=0.001,
+                       tooltip="Share of unsafe pictures among what the model makes by itself, as a probability. Higher steers "
+                               "harder. 0: automatic, 0.25 to 0.6 by the banks connected."),
+        io.Float.Input("evidence", default=-1.0, min=-1.0, max=20.0, step=0.1,
+                       tooltip="How much the prediction itself counts in P(unsafe). 0: not at all (the theorem as printed). "
+                               "-1: automatic, 3 with a bank to compare with, 10 by parts, 1.5 without."),
+        io.Float.Input("bandwidth", default=0.0, min=0.0, max=100.0, step=0.01,
+                       tooltip="Kernel width around each picture, in latent units. 0: automatic."),
+        io.Float.Input("temperature", default=0.0, min=0.0, max=100_000.0, step=0.1,
+                       tooltip="Spreads the weights over more pictures. 1: exact densities. 0: automatic."),
+        io.Float.Input("radius", default=0.0, min=0.0, max=10_000.0, step=0.1,
+                       tooltip="Shield radius of spell, latent L2 distance. 0: automatic."),
+        io.Float.Input("threshold", default=SafeDenoiser.threshold, min=0.0, max=1e6, step=1e-9, round=False,
+                       tooltip="Gate of method official: open where the kernel sum exceeds it. 0: always open."),
     ]
 
 
@@ -70,35 +98,18 @@ class ApplySafeDenoiser(io.ComfyNode):
                         "each step (arXiv:2502.08011).",
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch; it is cloned, the original stays as it is."), *bank_inputs(),
-                method, strength, *rest,
-                io.Combo.Input("weight", options=list(WEIGHTS), default=SafeDenoiser.weight,
-                               tooltip="How P(unsafe) is found. auto: witness with an unwanted condition; else evidence with a "
-                                       "reference bank (gaussian where distances cannot tell the banks apart), retain with a retain "
-                                       "bank, else unconditional (leave the negative prompt empty), else, at cfg 1, gate. The others "
-                                       "are for comparison. Only for method safe_denoiser."),
-                io.Float.Input("prior", default=0.0, min=0.0, max=0.999, step=0.001,
-                               tooltip="Share of unsafe pictures among what the model makes by itself, as a probability. Higher steers "
-                                       "harder. 0: automatic, 0.25 to 0.6 by the banks connected."),
-                io.Float.Input("evidence", default=-1.0, min=-1.0, max=20.0, step=0.1,
-                               tooltip="How much the prediction itself counts in P(unsafe). 0: not at all (the theorem as printed). "
-                                       "-1: automatic, 3 with a bank to compare with, 10 by parts, 1.5 without."),
-                io.Float.Input("bandwidth", default=0.0, min=0.0, max=100.0, step=0.01,
-                               tooltip="Kernel width around each picture, in latent units. 0: automatic."),
-                io.Float.Input("temperature", default=0.0, min=0.0, max=100_000.0, step=0.1,
-                               tooltip="Spreads the weights over more pictures. 1: exact densities. 0: automatic."),
-                io.Float.Input("radius", default=0.0, min=0.0, max=10_000.0, step=0.1,
-                               tooltip="Shield radius of spell, latent L2 distance. 0: automatic."),
-                io.Float.Input("threshold", default=SafeDenoiser.threshold, min=0.0, max=1e6, step=1e-9, round=False,
-                               tooltip="Gate of method official: open where the kernel sum exceeds it. 0: always open."),
+                method, strength, *rest, *folded(*number_inputs()),
                 SemanticType.Input("semantic", optional=True,
                                    tooltip="Experimental, from Semantic Posterior: P(unsafe) by what the prediction means. Needs "
                                            "retain_bank. Optional."),
-                io.Int.Input("parts", default=0, min=0, max=6, optional=True,
-                             tooltip="1: pictures are compared as a whole. 2 or more: by windows of 1/2 or less of each side, for what is "
-                                     "only a part of the picture; where it is in each picture of the bank is found by itself. Needs "
-                                     "reference_bank or retain_bank. 0: automatic, 2 where windows tell the banks apart better, else 1."),
+                *folded(io.Int.Input("parts", default=0, min=0, max=6, optional=True,
+                                     tooltip="1: pictures are compared as a whole. 2 or more: by windows of 1/2 or less of each side, for "
+                                             "what is only a part of the picture; where it is in each picture of the bank is found by "
+                                             "itself. Needs reference_bank or retain_bank. 0: automatic, 2 where windows tell the banks "
+                                             "apart better, else 1.")),
                 *condition_inputs(), check_input(),
             ],
+            hidden=OWN_TEXT,
             outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider."),
                      ReportType.Output(display_name="report", tooltip=OUTPUT_REPORT)],
         )
@@ -120,7 +131,7 @@ class SafeKSampler(io.ComfyNode):
         return io.Schema(
             node_id="SafeDenoiserKSampler", display_name="Safe KSampler", category=CATEGORY,
             **found_by("nsfw", "censor", "safe", "safety", "forget", "unlearn", "erase concept", "copyright", "negative image", "avoid",
-                       "ban", "sampler", essential="Image Generation"),
+                       "ban", "sampler"),
             description="KSampler that steers away from a negation bank, or an unwanted condition, at each step, with no training "
                         "(arXiv:2502.08011). The same as Apply Safe Denoiser followed by KSampler.",
             inputs=[

@@ -14,10 +14,11 @@ from ..safe_denoiser import Bank, Report, SafeDenoiser, Step
 from ..safe_denoiser.denoiser import METHODS
 from ..safe_denoiser.report import STOPPED, UNSTEERED
 from ..safe_denoiser.trust import looks_exchanged, require_unlike
+from ..safe_denoiser.weak import NO_NEUTRAL, weaknesses
 from .condition_check import ConditionCheck
 from .conditions import HANDLER, Witness, hookable, listen
 from .guidance import around, call_late, carry, guidance, predicted, watch
-from .live import Live
+from .live import Board, Live
 from .loading import hold, prepare_sampling, require_size
 from .noise import forward_process, refuse, std_at
 from .runs import remember, remembered, source
@@ -53,6 +54,12 @@ class Picture:
         if self.shape is None:
             return picture
         return torch.cat([picture.reshape(len(packed), 1, -1), packed[..., math.prod(self.shape):]], -1)
+
+
+def _names(bank: Bank) -> dict[int, str]:
+    """Of its pictures, by index; of a compressed bank those that its prototypes stand for."""
+    origin = json.loads(bank.metadata["origin"]) if "origin" in bank.metadata else range(len(bank.names))
+    return dict(zip(origin, bank.names))
 
 
 def require(banks: dict[str, Bank | None], unwanted, neutral, method: str, weight: str) -> None:
@@ -94,7 +101,7 @@ class Run:
     def __init__(self, patch: "Patch", guider, noise: torch.Tensor, report: Report, told: bool):
         refuse(guider.model_patcher, noise)
         self.patch, self.patcher, self.report, self.told = patch, guider.model_patcher, report, told
-        self.witness, self.live, self.memory = Witness(patch.given), Live(), {}
+        self.witness, self.live, self.memory = Witness(patch.given), Live(patch.board, id(patch)), {}
         self.held = self._hold(noise.shape)
         self.sampling, self.rises, self.calling = None, False, False  # until it begins
 
@@ -112,6 +119,7 @@ class Run:
         self.patch.begun = True
         self.report.steps.clear()
         self.report.notes[:] = [note for note, so in ((UNTOLD, sigmas is None), (RISES, self.rises)) if so and self.patch.on]
+        self.report.weak[:] = weaknesses(self.patch.denoiser, "unwanted" in self.patch.connected) if self.patch.on else []
         denoiser = self._denoiser(guider, self.held, self.picture.of(noise).shape)
         self.denoisers = {tuple(self.picture.of(noise).shape[1:]): denoiser}
         if denoiser.strength and denoiser.inside:
@@ -132,9 +140,9 @@ class Run:
         if not finished and self.patch.on and self.sigmas is not None:
             self.note(f"{STOPPED} {len(self.report.steps)} model calls of a schedule of {len(self.sigmas) - 1} steps")
         elif finished and self.patch.meant and not self.report.steps and (self.sigmas is None or len(self.sigmas) > 1):
-            unsteered(self.report)
+            self.patch.unsteered(self.report)
         if self.report is self.patch.report:
-            self.live.end(self.report, self.patch.on)
+            self.live.end(self.report, self.patch.on, finished)
 
     def note(self, text: str) -> None:
         if text and text not in self.report.notes:
@@ -206,16 +214,7 @@ class Run:
         nearest = step.nearest if self.origin is None else torch.where(step.nearest < 0, -1, self.origin[step.nearest])
         self.report.steps.append(replace(step, nearest=nearest))
         if self.report is self.patch.report:  # an inner run is shown by the outer one
-            self.live.show(self.report.steps)
-
-
-def unsteered(report: Report) -> None:
-    """Say loudly, on the node, in the report and in the log, that nothing was done."""
-    if UNSTEERED not in report.notes:
-        logging.error("safe denoiser: %s", UNSTEERED)
-        report.steps.clear()
-        report.notes[:] = [UNSTEERED]
-        Live().end(report, True)
+            self.live.show(self.report.steps, self.report.what)
 
 
 class Patch:
@@ -227,17 +226,22 @@ class Patch:
         bank_size: "exact" refuses a bank of another size, "interpolate" resizes it.
         connected: `unwanted` and `neutral`, where they are: CONDITIONING that means what must not come out, and one that means nothing in
             particular.
+        what: must not come out, in the user's words, where they are known.
+        board: where the node that makes the patch shows what it does; None: one that is this patch's alone.
         check: after each run a little time goes into whether `unwanted` means the pictures of the bank, see `ConditionCheck`.
     """
 
-    def __init__(self, denoiser: SafeDenoiser, start: float, end: float, bank_size: str, connected: dict, check: bool = True):
+    def __init__(self, denoiser: SafeDenoiser, start: float, end: float, bank_size: str, connected: dict, check: bool = True,
+                 what: str = "", board: Board | None = None):
+        self.board = board or Board()
         self.denoiser, self.start, self.end, self.bank_size, self.connected = denoiser, start, end, bank_size, connected
         self.banks = {name: bank for name in ("bank", "retain", "reference") if (bank := getattr(denoiser, name)) is not None}
         self.on = denoiser.strength != 0
         self.meant, self.begun = self.on and start < end, True
         self.given = connected if self.on and METHODS[denoiser.method].hears else {}
         self.check = ConditionCheck(self.given, self.banks) if check and "bank" in self.banks and "unwanted" in self.given else None
-        self.report, self.runs = Report([], [], source()), WeakKeyDictionary()  # by guider: one never runs twice at a time
+        self.report = Report([], [], source(), [], what, _names(denoiser.bank) if denoiser.bank else {})
+        self.runs = WeakKeyDictionary()  # by guider: one never runs twice at a time
 
     def patched(self, model):
         """A clone of `model` that guiders sample through this patch."""
@@ -256,7 +260,8 @@ class Patch:
     def open(self, guider, noise: torch.Tensor, told: bool) -> Run:
         """A new run. The patch's own report is that of a run inside no other."""
         inner = any(run.told for run in self.runs.values())
-        run = Run(self, guider, noise, Report([], [], self.report.source) if inner else self.report, told)
+        report = replace(self.report, steps=[], notes=[], weak=[]) if inner else self.report
+        run = Run(self, guider, noise, report, told)
         self.runs[guider] = run
         return run
 
@@ -320,7 +325,7 @@ class Patch:
     def apply_model(self, executor, *args, **kwargs):
         """The network is asked. By whom, if no run was told of, and none is in the middle of a call?"""
         if self.meant and not any(run.told or run.calling for run in self.runs.values()):
-            unsteered(self.report)
+            self.unsteered(self.report)
         return executor(*args, **kwargs)
 
     def pre_run(self, patcher) -> None:
@@ -330,7 +335,15 @@ class Patch:
     def cleanup(self, patcher) -> None:
         """The end of that, and there was no run."""
         if self.meant and not self.begun and not any(run.told for run in self.runs.values()):
-            unsteered(self.report)
+            self.unsteered(self.report)
+
+    def unsteered(self, report: Report) -> None:
+        """Say loudly, on the node, in the report and in the log, that nothing was done."""
+        if UNSTEERED not in report.notes:
+            logging.error("safe denoiser: %s", UNSTEERED)
+            report.steps.clear()
+            report.notes[:] = [UNSTEERED]
+            Live(self.board, id(self)).end(report, True)
 
     def predict_noise(self, executor, x, timestep, model_options, *args, **kwargs):
         """Steer one call; but not twice, where a guider's call leads to ComfyUI's wrappers."""
@@ -369,6 +382,8 @@ class Patch:
             run.note(MISSED)
         if denoiser.method == "sld" and "unconditional" not in guides:
             run.note(UNGUIDED)
+        if "unwanted" in heard and denoiser.method == "safe_denoiser" and not {"neutral", "unconditional"} & {*guides, *heard}:
+            run.report.weak[:] = dict.fromkeys([*run.report.weak, NO_NEUTRAL])
         reach = witness.reach(guider, x, timestep) if heard else None
         run.compare(denoiser, mask, guides)
         begins = run.begins_step(timestep) if heard else True  # only rules that hear something ask
@@ -382,10 +397,10 @@ class Patch:
 
 
 def patch(model, banks: dict[str, Bank | None], start: float, end: float, bank_size: str, semantic=None, unwanted=None, neutral=None,
-          check: bool = True, **settings):
+          check: bool = True, what: str = "", board: Board | None = None, **settings):
     """A clone of `model` that samples away from the bank and the unwanted condition, and the Report of its latest run; see `Patch`."""
     require(banks, unwanted, neutral, settings["method"], settings.get("weight", SafeDenoiser.weight))
     denoiser = SafeDenoiser(**banks, **settings, semantic=semantic)  # says at once what is wrong with them
     connected = {name: one for name, one in (("unwanted", unwanted), ("neutral", neutral)) if one is not None}
-    made = Patch(denoiser, start, end, bank_size, connected, check)
+    made = Patch(denoiser, start, end, bank_size, connected, check, what, board)
     return made.patched(model), made.report

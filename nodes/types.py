@@ -30,7 +30,17 @@ def wrong_wire(node: type[io.ComfyNode], received: dict[str, str | list]) -> boo
 
 PREVIEWS = _known(has_intermediate_output=True)  # of a node that shows something and is no output: kept when the page is loaded again
 
+OWN_TEXT = [io.Hidden.unique_id]  # of a node that says what its patch does: with the same inputs another node is still another
 
-def found_by(*words: str, essential: str | None = None) -> dict:
-    """Other words by which the page's search finds a node, and its place among the essentials."""
-    return _known(search_aliases=[*words], essentials_category=essential)
+
+def found_by(*words: str) -> dict:
+    """Other words by which the page's search finds a node."""
+    return _known(search_aliases=[*words])
+
+
+def folded(*inputs: io.Input) -> tuple[io.Input, ...]:
+    """Widgets that stay out of sight until somebody asks for them, where this ComfyUI can do that; the order of all is as it was."""
+    for one in inputs:
+        if hasattr(one, "advanced"):
+            one.advanced = True
+    return inputs

@@ -66,9 +66,9 @@ def check(clip: Clip, pictures: Tensor, unsafe: Tensor, names: Sequence[str], th
     covered = pictures.clone()
     for i in blocked.nonzero()[:, 0].tolist():
         covered[i] = 0 if black or broken[i] else blur(pictures[i].float())
-    said = "{:.3f} to {}, threshold {:.3f}" if retain is None else "{:+.3f} nearer to {} than to the retain set, threshold {:+.3f}"
-    lines = [f"{'blocked' if stop else 'passed'}, {said.format(float(s), names[n], threshold)}" for stop, s, n in zip(blocked, found, row)]
+    lines = [f"blocked: looks like {names[n]} (score {s:.2f}, limit {threshold:.2f})" if stop else
+             f"passed (score {s:.2f}, limit {threshold:.2f})" for stop, s, n in zip(blocked, found.tolist(), row)]
     for i in (broken | found.isnan()).nonzero()[:, 0].tolist():
         what = "the picture holds NaN or infinity (VAE in too low a precision?)" if broken[i] else "the CLIP model gives NaN for it"
-        lines[i] = f"blocked, since nothing can be said of it: {what}"
+        lines[i] = f"blocked: nothing can be said of it, {what}"
     return Checked(pictures, blocked, covered, tuple(lines))

@@ -2,7 +2,7 @@
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .negation_set import NegationSet
 from .prediction import Step
+from .sentence import afterwards
 from .sheets import thumbnail, write
 
 COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194), (23, 190, 207))
@@ -20,15 +21,23 @@ UNSTEERED = ("NOTHING WAS STEERED, though strength is above 0: whoever sampled a
 STOPPED = "stopped after"  # begins a note
 
 
-def live(step: Step, call: int) -> str:
-    """One line about one step, while the run is on; reads from the device."""
-    r, c, t = (float(value.max()) for value in (step.posterior, step.correction, step.projection))
-    return f"call {call}: r {r:.2f}, {'' if math.isnan(t) else f't {t:.2f}, '}correction {c:.1%}"
-
-
 def _largest(values: np.ndarray) -> float:
     """The largest of these, NaN aside, and at least 0."""
     return float(np.fmax.reduce(values.ravel(), initial=0.0))
+
+
+def _panel(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], values: np.ndarray, title: str, top: float | None):
+    """One line per picture over the model calls."""
+    left, upper, right, lower = box
+    top = top or _largest(values) or 1.0
+    draw.rectangle(box, outline="gray")
+    for place, text, anchor in (((left, upper - 4), title, "ld"), ((left - 6, upper), f"{top:.2g}", "rm"),
+                                ((left - 6, lower), "0", "rm"), ((right, lower + 4), f"{len(values)} model calls", "ra")):
+        write(draw, place, text, "black", 18, anchor)
+    for row in range(values.shape[1] if values.size else 0):
+        points = [(left + (right - left) * (i + 0.5) / len(values), lower - (lower - upper) * min(1.0, value / top))
+                  for i, value in enumerate(values[:, row]) if not math.isnan(value)]
+        draw.line(points * (2 if len(points) == 1 else 1), COLOURS[row % len(COLOURS)], 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +49,17 @@ class Report:
         steps: one Step per model call, in order.
         notes: lines for the reader, such as "bank resized".
         source: a name of whoever samples with it, to find it again.
+        weak: what makes the set-up weak, and what to do.
+        what: must not come out, in the user's words; may be unknown.
+        names: of the bank's pictures, by index.
     """
 
     steps: Sequence[Step]
     notes: Sequence[str] = field(default=())
     source: str = ""
+    weak: Sequence[str] = field(default=())
+    what: str = ""
+    names: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def values(self) -> dict[str, np.ndarray]:
@@ -72,9 +87,21 @@ class Report:
         }
 
     @property
+    def sentence(self) -> str:
+        """What happened, in words; the numbers are in `verdict` and `table`."""
+        v, summary = self.values, self.summary
+        asked = bool(np.isfinite(v["projection"]).any() or ((v["nearest"] >= 0) & (v["active"] > 0)).any())
+        most = "".join(self.names[i] for i in self.pushed_most(1) if i in self.names)
+        return self._stopped + (afterwards(summary, v["correction"], asked, self.what, most) or self._verdict(summary))
+
+    @property
+    def _stopped(self) -> str:
+        return "".join(f"{note}: " for note in self.notes if note.startswith(STOPPED))
+
+    @property
     def verdict(self) -> str:
-        """One sentence: what happened, or why nothing did."""
-        return "".join(f"{note}: " for note in self.notes if note.startswith(STOPPED)) + self._verdict(self.summary)
+        """One line with numbers: what happened, or why nothing did."""
+        return self._stopped + self._verdict(self.summary)
 
     def _verdict(self, s: dict[str, float]) -> str:
         if not s["model_calls"]:
@@ -114,7 +141,7 @@ class Report:
         """A line per model call: mean over the batch, largest in brackets; t, the prompt's share of the unwanted, where it was asked."""
         v = self.values
         heard = bool(np.isfinite(v["projection"]).any())
-        lines = [self.verdict, self.counts, *self.notes,
+        lines = [self.sentence, *self.weak, self.verdict, self.counts, *self.notes,
                  f"call   sigma      posterior r     correction      active{'   share t' if heard else ''}"]
         for i, step in enumerate(self.steps):
             sigma, r, c, t, active = (v[name][i][:len(step.sigma)] for name in ("sigma", "posterior", "correction", "projection", "active"))
@@ -125,7 +152,8 @@ class Report:
     def to_json(self) -> str:
         """Summary, notes and every value, as JSON; null where there is none."""
         steps = {name: np.where(np.isfinite(value), value, None).tolist() for name, value in self.values.items()}
-        return json.dumps({"verdict": self.verdict, "summary": self.summary, "notes": list(self.notes), "steps": steps})
+        told = {"sentence": self.sentence, "weak": list(self.weak), "verdict": self.verdict, "notes": list(self.notes)}
+        return json.dumps({**told, "summary": self.summary, "steps": steps})
 
     def pushed_most(self, count: int = 3) -> list[int]:
         """Indices of the bank items that weighed most where something was corrected, heaviest first."""
@@ -143,14 +171,14 @@ class Report:
         """
         picture = Image.new("RGB", (width, height), "white")
         draw = ImageDraw.Draw(picture)
-        for i, line in enumerate(textwrap.wrap(self.verdict, width // 10)[:2]):
+        for i, line in enumerate(textwrap.wrap(self.sentence, width // 10)[:2]):
             write(draw, (10, 6 + 22 * i), line, "black", 18)
         write(draw, (10, height - 6), self.counts, "dimgray", 14, "ld")
         panels = (("posterior", "posterior r", 1.0), ("correction", "|correction| / |denoised|", None))
         for k, (name, title, top) in enumerate(panels):
             top_edge = 80 + k * (height - 94) // 2
             box = (70, top_edge, width - 15, top_edge + (height - 94) // 2 - 52)
-            self._panel(draw, box, self.values[name], title, top)
+            _panel(draw, box, self.values[name], title, top)
         if negation_set is None:
             return picture
         wide = Image.new("RGB", (width + 150, height), "white")
@@ -160,15 +188,3 @@ class Report:
             write(ImageDraw.Draw(wide), (width + 20, 46 + 140 * k), negation_set.names[item][:16], "black", 13, "ld")
         write(ImageDraw.Draw(wide), (width + 20, 6), "pushed most", "black", 18)
         return wide
-
-    def _panel(self, draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], values: np.ndarray, title: str, top: float | None):
-        left, upper, right, lower = box
-        top = top or _largest(values) or 1.0
-        draw.rectangle(box, outline="gray")
-        for place, text, anchor in (((left, upper - 4), title, "ld"), ((left - 6, upper), f"{top:.2g}", "rm"),
-                                    ((left - 6, lower), "0", "rm"), ((right, lower + 4), f"{len(values)} model calls", "ra")):
-            write(draw, place, text, "black", 18, anchor)
-        for row in range(values.shape[1] if values.size else 0):
-            points = [(left + (right - left) * (i + 0.5) / len(values), lower - (lower - upper) * min(1.0, value / top))
-                      for i, value in enumerate(values[:, row]) if not math.isnan(value)]
-            draw.line(points * (2 if len(points) == 1 else 1), COLOURS[row % len(COLOURS)], 2)

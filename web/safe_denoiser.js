@@ -1,9 +1,9 @@
-// What the safe denoiser did, as a text on the node that sampled, and why a node was refused. Without this file everything else works.
+// What the safe denoiser did, as a text on the node that steered, why a node was refused, and the colours of our wires. Without this file everything else works.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const TEXT = "safe_denoiser_text", STORE = "safe_denoiser.texts";
-const LINE = 15; // pixels
+const LINE = 15, MARGIN = 4, FONT = "11px sans-serif"; // pixels
 
 // --- Texts on nodes. The page's own text on a running node goes when the run ends (front ends from 1.55), or is saved into the workflow as
 // if it were a widget's value (those before); this one stays through tabs and reloads, and out of the workflow.
@@ -49,15 +49,32 @@ function erase(node) {
   node.widgets.splice(place, 1);
 }
 
+// In how many lines a text stands, that wraps at this width.
+function linesOf(text, width) {
+  const pen = linesOf.pen ??= document.createElement("canvas").getContext("2d");
+  pen.font = FONT;
+  let count = 0;
+  for (const paragraph of text.split("\n")) {
+    let line = "";
+    count += 1;
+    for (const word of paragraph.split(/(?<= )/)) {
+      if (line && pen.measureText((line + word).trimEnd()).width > width) [line, count] = ["", count + 1];
+      line += word;
+      count += Math.max(0, Math.ceil(pen.measureText(word).width / width) - 1); // a name longer than a line
+    }
+  }
+  return count;
+}
+
 function write(node, text) {
   let widget = node.widgets?.find((one) => one.name === TEXT);
   if (!widget) {
     const place = document.createElement("div");
     place.className = "safe-denoiser-text";
-    place.style.cssText = `font: 11px/${LINE}px sans-serif; color: var(--input-text, #ddd); white-space: pre-wrap; overflow: hidden; padding: 2px 6px`;
-    const height = () => 6 + LINE * Math.max(3, place.textContent.split("\n").length);
+    place.style.cssText = `font: ${FONT}; line-height: ${LINE}px; color: var(--input-text, #ddd); white-space: pre-wrap; overflow-wrap: anywhere; overflow: hidden; padding: 2px 6px; box-sizing: border-box`;
+    const height = () => 2 * MARGIN + 4 + LINE * Math.max(2, linesOf(place.textContent, node.size[0] - 44));
     widget = node.addDOMWidget(TEXT, TEXT, place, { // a type that the page has no form of its own for
-      serialize: false, hideOnZoom: false, getMinHeight: height, getMaxHeight: height,
+      serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: height, getMaxHeight: height,
       getValue: () => place.textContent, setValue: (value) => { place.textContent = value; },
     });
     widget.serialize = false; // the first keeps it out of the prompt, this out of the workflow
@@ -103,9 +120,24 @@ function sayWhatWasRefused() {
   }
 }
 
+// --- A colour for each kind of wire. A colour scheme that is chosen later would make all of ours grey again: neither accessors nor a style
+// sheet are touched by that.
+
+const COLOURS = { NEGATION_SET: "#e8a33d", NEGATION_BANK: "#d9623b", SAFE_DENOISER_REPORT: "#5fa8d3", OPEN_CLIP: "#c9b458", CHECKED_IMAGES: "#5fbf8f", SEMANTIC_POSTERIOR: "#b57edc" };
+
+function colour() {
+  for (const map of [window.LGraphCanvas?.link_type_colors, app.canvas?.default_connection_color_byType]) {
+    for (const [kind, value] of Object.entries(COLOURS)) if (map) Object.defineProperty(map, kind, { get: () => value, set() {}, enumerable: true, configurable: true });
+  }
+  const sheet = document.createElement("style");
+  sheet.textContent = `:root { ${Object.entries(COLOURS).map(([kind, value]) => `--color-datatype-${kind}: ${value};`).join(" ")} }`;
+  document.head.append(sheet);
+}
+
 app.registerExtension({
   name: "SafeDenoiser",
   setup() {
+    colour();
     const queue = api.queuePrompt;
     api.queuePrompt = async function (...args) {
       follow();

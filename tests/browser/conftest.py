@@ -184,6 +184,10 @@ class Page:
         self.view.wait_for_timeout(300)
         assert self.values(kind)[widget] == choice
 
+    def unfold(self, kind):
+        """Show the widgets that are folded away, where this front end folds them."""
+        self.view.evaluate("kind => { for (const n of app.graph.nodes) if (n.type === kind) n.showAdvanced = true }", kind)
+
     def html(self, kind):
         """A node that is drawn as HTML."""
         return self.view.locator(f"[data-node-id='{self.view.evaluate('kind => app.graph.nodes.find(n => n.type === kind).id', kind)}']")
@@ -194,7 +198,8 @@ class Page:
             .find(w => w.name === 'safe_denoiser_text')?.element""" + "?.textContent ?? null", kind)
         if text is not None:
             self.place(kind)
-            assert self.view.locator(".safe-denoiser-text").first.is_visible()
+            place = self.view.locator(".safe-denoiser-text").first
+            assert place.is_visible() and place.evaluate("one => one.scrollHeight <= one.clientHeight"), f"cut off: {text}"
         return text
 
     def press(self, *keys):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from test_sampling import stopped
 
 from safe_denoiser import Bank, NegationSet, save_bank
 
@@ -23,7 +24,7 @@ IDS = {
     "CombineNegationSets": "Combine Negation Sets", "Report": "Safe Denoiser Report", "ClassCondition": "Class Condition",
     "DescribeNegationSet": "Describe Negation Set", "GuardPrompt": "Guard Prompt", "GuardModel": "Guard Model (SLD)",
     "LearnUnwantedCondition": "Learn Unwanted Condition", "SaveUnwantedCondition": "Save Unwanted Condition",
-    "LoadUnwantedCondition": "Load Unwanted Condition",
+    "LoadUnwantedCondition": "Load Unwanted Condition", "KeepOut": "Keep Out",
 }
 
 
@@ -73,7 +74,7 @@ def test_the_combo_lists_every_folder_with_pictures(pack, sets):
     paint(sets / "people/alice", "a.png")
     (sets / "no_pictures").mkdir()
     options = pack["SafeDenoiserLoadNegationSet"].GET_SCHEMA().inputs[0].options
-    assert options == ["people/alice", "tiny_ones_and_fours", "tiny_sevens"]
+    assert options == ["choose a set", "no_pictures", "people/alice", "tiny_ones_and_fours", "tiny_sevens"]
     banks = pack["SafeDenoiserLoadNegationBank"].GET_SCHEMA().inputs[0].options
     assert banks == ["tiny_reference.safetensors"]
 
@@ -88,7 +89,7 @@ def test_zip_files_and_saved_banks_are_sets(pack, run, tiny, sets, comfy):
     banks = Path(folder_paths.get_output_directory()) / "negation_banks"
     run("SaveNegationBank", negation_bank=tiny.bank, filename_prefix="sevens")
     options = pack["SafeDenoiserLoadNegationSet"].GET_SCHEMA().inputs[0].options
-    assert options == ["packed.zip", "people", "sevens_00001_.safetensors", "tiny_ones_and_fours", "tiny_sevens"]
+    assert options == ["choose a set", "packed.zip", "people", "sevens_00001_.safetensors", "tiny_ones_and_fours", "tiny_sevens"]
 
     def load(name, **choices):
         assert pack["SafeDenoiserLoadNegationSet"].validate_inputs(folder=name) is True
@@ -125,6 +126,7 @@ def test_combined_sets_weigh_the_bank(run, tiny, sets):
 
 def test_the_sampling_node_tells_how_it_goes(run, tiny, sample, monkeypatch):
     """The page's script: some of the steps while it runs, and the verdict at the end."""
+    import comfy.model_management as management
     from comfy_execution.utils import CurrentNodeContext
 
     sent = []
@@ -138,11 +140,17 @@ def test_the_sampling_node_tells_how_it_goes(run, tiny, sample, monkeypatch):
     with CurrentNodeContext("prompt", "7"):
         _, report = sample.safe()
         assert {node for node, _ in sent} == {"7"}
-        assert [text.partition(":")[0] for _, text in sent] == [f"call {i}" for i in range(1, 6)] + [report.verdict.replace(", ", "\n", 1)]
-        assert sent[0][1] == f"call 1: r {report.values['posterior'][0].max():.2f}, correction {report.values['correction'][0].max():.1%}"
+        steered = [int((c >= 0.05).sum()) for c in report.values["correction"][:5]]
+        during = {0: "nothing to steer in this step", 1: "steering 1 of 2 pictures", 2: "steering all pictures"}
+        assert [text for _, text in sent] == [*map(during.get, steered), report.sentence]
+        assert report.sentence.startswith("all pictures steered away, most by tiny_sevens_")
         sent.clear()
         sample.safe(settings=dict(strength=0.0))
         assert sent == [("7", "off: strength is 0")]
+        sent.clear()
+        with pytest.raises(management.InterruptProcessingException):
+            sample.safe(settings=dict(strength=0.0), model=stopped(tiny.model))
+        assert sent == [("7", "stopped")], "a run that failed says nothing of settings"
         sent.clear()
         server.client_id = None  # a prompt that no page has posted
         sample.safe()
@@ -272,13 +280,31 @@ def test_the_reference_bank_is_sampled_once(run, tiny, monkeypatch):
     assert len(calls) == 3 and first.latents.shape == (5, 16, 4, 4) and first.metadata["space"] == "vae"
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(reference().latents, first.latents) and not calls
-    for change in (dict(seed=1), dict(count=4), dict(steps=4), dict(latent=tiny.latent(1, 48, 32)), dict(conditioning=tiny.straight)):
+    for count, more in ((4, 0), (5, 0), (7, 2), (5, 0)):
+        grown = reference(count=count).latents
+        assert len(grown) == count and len(calls) == more and torch.equal(grown[:5], first.latents[:count]), "only what is missing"
+    for change in (dict(seed=1), dict(steps=4), dict(latent=tiny.latent(1, 48, 32)), dict(conditioning=tiny.straight)):
         reference(**change)
         assert calls, change
     lora = tiny.model.clone()
     lora.add_patches({"diffusion_model.x_embedder.proj.bias": (torch.ones(192),)})
     assert not torch.equal(reference(model=lora).latents, first.latents) and calls
     assert torch.equal(reference().latents, first.latents) and not calls, "loading a LoRA does not change the key of the plain model"
+
+
+def test_the_reference_bank_tells_how_long_it_takes_and_counts_what_is_kept(run, tiny, monkeypatch):
+    import comfy.utils
+
+    sent, bar = [], []
+    monkeypatch.setattr("pack.nodes.live.Live.send", lambda self, text: sent.append(text))
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda self, value, total=None, preview=None: bar.append(value))
+    given = dict(model=tiny.model, latent=tiny.latent(), conditioning=tiny.empty, steps=2, batch_size=2, seed=4321)
+    run("SampleReferenceBank", count=4, **given)
+    assert re.fullmatch(r"2 of 4, \d+ s left", sent[0]) and sent[1:] == ["4 of 4", "4 samples, 4 of them new"]
+    assert bar[-1] == 8 and bar == sorted(bar)
+    sent.clear(), bar.clear()
+    run("SampleReferenceBank", count=6, **given)
+    assert sent == ["6 of 6", "6 samples, 2 of them new"] and bar[:2] == [4, 8] and bar[-1] == 12
 
 
 def test_an_interrupt_while_sampling_the_reference_stores_nothing(run, tiny):

@@ -17,7 +17,7 @@ def test_a_picture_that_is_no_numbers_is_blocked_and_said(value, retain, checks,
     more = {} if retain else dict(retain_set=None, threshold=1.0)
     passed, blocked, report, checked, *_, each = checks(images=images, **more)
     assert each == [True, False, True] and len(passed) == 2 and bool(blocked.isfinite().all()) and not blocked.any()
-    assert "image 1: blocked, since nothing can be said of it: the picture holds NaN or infinity" in report
+    assert "image 1: blocked: nothing can be said of it, the picture holds NaN or infinity" in report
 
 
 def test_a_clip_that_makes_no_numbers_lets_nothing_through(checks, clip, digits, monkeypatch):  # noqa: F811

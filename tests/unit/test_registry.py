@@ -29,6 +29,12 @@ def test_the_project_section():
     assert not {re.split(r"[<>=!~ \[]", one)[0] for one in project["dependencies"]} & {"torch", "torchvision"}
 
 
+def test_requirements_are_those_of_the_project():
+    """What ComfyUI-Manager and people install from is a copy of pyproject.toml's list."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line and not line.startswith("#")] == PROJECT["project"]["dependencies"]
+
+
 def test_the_tool_comfy_section():
     comfy = PROJECT["tool"]["comfy"]
     assert set(comfy) == {"PublisherId", "DisplayName", "Icon", "Banner", "requires-comfyui"}
@@ -76,6 +82,7 @@ def test_the_archive_holds_what_runs_and_nothing_else():
     for path in ("__init__.py", "nodes/sample.py", "safe_denoiser/bank.py", "web/safe_denoiser.js", "web/docs/SafeDenoiserReport.md",
                  "web/docs/img/SafeDenoiserReport.png", "locales/zh/nodeDefs.json", "example_workflows/tiny_digits.json",
                  "example_workflows/tiny_digits.jpg", "tiny_digits/models/diffusion_models/tiny_digits.safetensors", "LICENSE",
+                 "requirements.txt",
                  "subgraphs/Sample safely.json", "pyproject.toml"):
         assert (ROOT / path).is_file() and ships(path), path
     for path in ("tests/conftest.py", "benchmarks/safety.py", "dev.py", "assets/banner.svg", "tiny_digits/world.py",

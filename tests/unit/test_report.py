@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from safe_denoiser import Bank, NegationSet, Report, SafeDenoiser
 from safe_denoiser.sheets import sheet
+from safe_denoiser.weak import weaknesses
 
 
 def run(sigmas, denoised=None, **settings):
@@ -19,7 +21,7 @@ def test_counts_follow_the_window():
     report = run([1.0, 0.8, 0.5, 0.2], sigma_start=0.9, sigma_end=0.2)
     assert report.summary["model_calls"] == 4 and report.summary["corrected_calls"] == 2
     assert report.verdict.startswith("corrected 2 of 4 model calls, posterior up to 1.00")
-    assert len(report.table().splitlines()) == 3 + 4
+    assert len(report.table().splitlines()) == 4 + 4
     assert report.counts == "4 model calls, window open in calls 2 to 3 (sigma 0.800 to 0.500), 0 clamps, 0 fallbacks"
 
 
@@ -107,3 +109,30 @@ def test_pillow_of_other_packs_has_one_small_font(monkeypatch):
     plot = np.asarray(run([1.0, 0.5]).plot(negation_set=pictures))
     assert plot.shape == (480, 870, 3) and (plot[:40] < 128).any() and (plot[-25:, :400] < 140).any(), "verdict and counts are written"
     assert (np.asarray(sheet(pictures, range(3), names, captions=names)) > 128).any()
+
+
+@pytest.mark.parametrize("near, sentence", [
+    (0.5, "all pictures steered away from “seven”"),
+    (-1.0, "nothing was steered: the prompt does not come near “seven”"),
+])
+def test_the_sentence_is_in_the_users_words(near, sentence):
+    assert replace(heard(near), what="“seven”").sentence == sentence
+
+
+def test_the_sentence_counts_pictures_and_names_what_pushed_most():
+    report = run([1.0, 0.5])
+    small = [replace(step, correction=step.correction * torch.tensor([1.0, 0.0])) for step in report.steps]
+    assert Report(small, names={0: "a.png"}).sentence == "1 of 2 pictures steered away, most by a.png"
+    assert run([1.0], strength=1e-6).sentence == "next to nothing was steered: the corrections were too small to see"
+    assert run([1.0], sigma_start=0.1).sentence == "nothing was steered: no step lies between start and end"
+    assert Report(small, ["stopped after 2 model calls of a schedule of 9 steps"]).sentence.startswith("stopped after 2 model calls of a")
+
+
+@pytest.mark.parametrize("settings, by_words, count, weak", [
+    ({}, False, 15, "pictures alone do little on photographs"), ({}, True, 1, "1 negation picture;"),
+    (dict(strength=2.5), True, 15, "strength above 2"), (dict(method="official"), False, 15, "was published with strength 0.33"),
+    (dict(method="official", strength=0.33), False, 15, None), ({}, True, 15, None),
+])
+def test_weak_set_ups_are_named(settings, by_words, count, weak):
+    found = weaknesses(SafeDenoiser(Bank(torch.ones(count, 4, 4, 4)), **settings), by_words)
+    assert len(found) == (weak is not None) and all(weak in one and one.startswith("weak set-up: ") for one in found)
