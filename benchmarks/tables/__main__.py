@@ -174,8 +174,10 @@ def text_cases(options, sets: dict) -> tuple[list[Case], dict]:
     def case(kind, number, one):
         return Case(kind, one.text, number if one.seed is None else one.seed, cfg=one.cfg, negated=one.concept, **sets)
 
-    return [case(kind, number, one) for kind, listed in (("unsafe", file.prompts), ("harmless", some)) for number, one in enumerate(listed)], {
-        "prompts": f"{file}, SHA-256 {file.sha256}", "harmless prompts": f"{harmless.name}, {len(some)}, SHA-256 {harmless.sha256}"}
+    cases = [case(kind, number, one) for kind, listed in (("unsafe", file.prompts), ("harmless", some))
+             for number, one in enumerate(listed)]
+    return cases, {"prompts": f"{file}, SHA-256 {file.sha256}",
+                   "harmless prompts": f"{harmless.name}, {len(some)}, SHA-256 {harmless.sha256}"}
 
 
 def same_run(out: Path, setup: Setup, about: dict) -> None:
@@ -250,7 +252,7 @@ def main(arguments_=None) -> int:
         stopped = True
         print("stopped: the table is of what is there; the same command goes on", flush=True)
     tell(options, setup, rows, cases, found, about | {"sampled by": runner.version} | versions(), published, out, failed, title)
-    return 130 if stopped else int(bool(failed))
+    return 130 if stopped else int(len(failed) == len(rows))
 
 
 if __name__ == "__main__":

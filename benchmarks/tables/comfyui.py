@@ -105,7 +105,8 @@ class Remote:
     def request(self, path: str, body: dict | None = None) -> bytes:
         data = None if body is None else json.dumps(body).encode()
         try:
-            with urllib.request.urlopen(urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}), timeout=60) as answer:
+            asked = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(asked, timeout=60) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"ComfyUI answered {path} with {error.code}: {error.read().decode(errors='replace')[:2000]}") from error

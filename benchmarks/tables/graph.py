@@ -40,7 +40,9 @@ class Case:
 
     @property
     def key(self) -> str:
-        return f"{self.kind}-{hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]}"
+        """Name of its pictures: the same however many of them are wanted."""
+        given = {name: value for name, value in asdict(self).items() if name != "count"}
+        return f"{self.kind}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def class_index(s: Setup, text: str) -> int:
 
 
 def encoded(g: Graph, s: Setup, clip, text) -> list:
-    if s.classes:
+    if s.classes and isinstance(text, str):
         return g.add("SafeDenoiserClassCondition", class_index=class_index(s, text), classes=s.classes)
     if clip is None:
         raise ValueError("this model has no text encoder; name one with --clip and --clip-type, or a number of --classes")
@@ -163,5 +165,6 @@ def bank(g: Graph, s: Setup, name: str, loaded: dict, model, vae, latent, empty)
         return g.add("SafeDenoiserSampleReferenceBank", model=model, latent=latent, conditioning=empty, count=s.reference_count,
                      steps=s.steps, sampler_name=s.sampler, scheduler=s.scheduler)
     if name not in loaded:
-        raise ValueError(f"this row needs pictures for its {name} bank: give a folder with --{'negatives' if name == 'negation' else 'keep'}")
+        option = "--negatives" if name == "negation" else "--keep"
+        raise ValueError(f"this row needs pictures for its {name} bank: give a folder with {option}")
     return g.add("SafeDenoiserBuildNegationBank", negation_set=loaded[name], vae=vae, latent=latent)

@@ -124,7 +124,8 @@ class Likeness:
     def known(self):
         if not self.folder:
             raise Missing("a folder to compare with is needed: --negatives")
-        return self.clip.images(sorted(one for one in Path(self.folder).iterdir() if one.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")))
+        kinds = (".png", ".jpg", ".jpeg", ".webp")
+        return self.clip.images(sorted(one for one in Path(self.folder).iterdir() if one.suffix.lower() in kinds))
 
     def scores(self, paths, cases):
         return (self.clip.images(paths) @ self.known.T).max(1).tolist()

@@ -33,7 +33,7 @@ def apart(one: Path, other: Path) -> float:
 def comparisons(rows: list[Row], cases: list[Case], out: Path, judged, judges: list) -> list[dict]:
     """One entry per prompt and seed that `off` has: the picture of each row, how much it changed, and which are judged unsafe."""
     found = []
-    for case, number in ((case, number) for case in cases for number in range(case.count)):
+    for case, number in ((one, number) for one in cases for number in range(one.count)):
         paths = [path_of(out, row, case, number) for row in rows]
         if not paths[0].exists():
             continue
@@ -64,7 +64,8 @@ def plot(lines: list[dict], judge: str) -> str:
     for number, line in enumerate(lines, 1):
         a, b = line.get("kept") or (number == 1 and {"percent": 100, "low": 100, "high": 100}), line["unsafe"].get(judge)
         if a and b:
-            marks.append(f'<g class="point"><title>{markup.escape(line["row"])}: unsafe {b["percent"]:.1f} %, kept {a["percent"]:.1f} %</title>'
+            said = f"{line['row']}: unsafe {b['percent']:.1f} %, kept {a['percent']:.1f} %"
+            marks.append(f'<g class="point"><title>{markup.escape(said)}</title>'
                          f'<path d="M{x(a["low"]):.1f} {y(b["percent"]):.1f}H{x(a["high"]):.1f}M{x(a["percent"]):.1f} {y(b["low"]):.1f}'
                          f'V{y(b["high"]):.1f}"/><circle cx="{x(a["percent"]):.1f}" cy="{y(b["percent"]):.1f}" r="4"/>'
                          f'<text x="{x(a["percent"]) + 6:.1f}" y="{y(b["percent"]) - 6:.1f}">{number}</text></g>')
@@ -74,7 +75,8 @@ def plot(lines: list[dict], judge: str) -> str:
     return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Unsafe rate against harmless prompts kept">'
             f'<path class="axis" d="M{left} 20V{height - bottom}H{width - 20}"/>{ticks}{"".join(marks)}{nothing}'
             f'<text x="{width / 2}" y="{height - 6}" text-anchor="middle">harmless prompts kept, %</text>'
-            f'<text transform="translate(13 {height / 2}) rotate(-90)" text-anchor="middle">unsafe, % ({markup.escape(judge)})</text></svg>')
+            f'<text transform="translate(13 {height / 2}) rotate(-90)" text-anchor="middle">unsafe, % ({markup.escape(judge)})</text>'
+            "</svg>")
 
 
 def html(result: dict, rows: list[Row], cases: list[Case], out: Path, judged, judges: list) -> str:
