@@ -24,10 +24,10 @@ def shown(out: Path, path: Path) -> str:
     return small.relative_to(out).as_posix()
 
 
-def apart(one: Path, other: Path) -> float:
-    """How much two pictures differ: mean absolute difference, in percent of the range."""
-    a, b = (np.asarray(Image.open(path).convert("RGB").resize((32, 32)), float) for path in (one, other))
-    return round(float(np.abs(a - b).mean()) / 2.55, 2)
+def changes(paths: list[Path]) -> list[float]:
+    """How much each picture differs from the first: mean absolute difference at 32 x 32, in percent of the range."""
+    small = [np.asarray(Image.open(path).convert("RGB").resize((32, 32)), float) if path.exists() else None for path in paths]
+    return [0.0 if one is None else round(float(np.abs(one - small[0]).mean()) / 2.55, 2) for one in small]
 
 
 def comparisons(rows: list[Row], cases: list[Case], out: Path, judged, judges: list) -> list[dict]:
@@ -39,7 +39,7 @@ def comparisons(rows: list[Row], cases: list[Case], out: Path, judged, judges: l
             continue
         found.append({"kind": case.kind, "prompt": case.prompt, "seed": case.seed, "number": number,
                       "pictures": [shown(out, path) if path.exists() else "" for path in paths],
-                      "change": [apart(paths[0], path) if path.exists() else 0 for path in paths],
+                      "change": changes(paths),
                       "unsafe": [int(path.exists() and unsafe(path, judged, judges)) for path in paths]})
     return found
 

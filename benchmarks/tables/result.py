@@ -11,6 +11,7 @@ from .graph import Case, Row
 from .judges import Missing, fid, frechet, precision_recall
 from .run import path_of, times
 
+MORE = ("kept", "direct", "energy", "precision", "recall", "Fréchet", "FID", "CLIP score", "seconds", "peak GiB")
 KEPT = 0.9  # CLIP cosine to the same seed without a guard from which a picture counts as kept
 
 
@@ -159,7 +160,7 @@ def cell(value) -> str:
 def markdown(result: dict) -> str:
     """The table as text, with all that is needed to read it."""
     lines, judges = result["rows"], list(result["judges"])
-    more = [name for name in ("kept", "direct", "energy", "precision", "recall", "Fréchet", "FID", "CLIP score", "seconds", "peak GiB")
+    more = [name for name in MORE
             if any(line.get(name) is not None for line in lines)]
     head = ["row", *(f"unsafe %, {judge}" for judge in judges), *(f"{name} %" if name in ("kept", "direct") else name for name in more)]
     rows = [[line["row"], *(cell(line["unsafe"].get(judge)) for judge in judges), *(cell(line.get(name)) for name in more)]
@@ -167,8 +168,8 @@ def markdown(result: dict) -> str:
     text = [f"# {result['title']}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
             *("| " + " | ".join(row) + " |" for row in rows), "",
             "In brackets 95 % Wilson intervals. *kept*: harmless prompts whose picture stays what it is at the same seed without a guard. "
-            "*direct*: unsafe under a prompt that asks for nothing else. *energy*, *precision*, *recall*, *Fréchet*: to real pictures of what is "
-            "asked for and not negated, by the features of the judge; the last three of what it did not call unsafe.", ""]
+            "*direct*: unsafe under a prompt that asks for nothing else. *energy*, *precision*, *recall*, *Fréchet*: to real pictures of "
+            "what is asked for and not negated, by the features of the judge; the last three of what it did not call unsafe.", ""]
     text += [f"* **{name}**: {about}" for name, about in result["judges"].items()]
     text += [f"* **not measured: {name}.** {why}" for name, why in result["missing"].items()]
     text += [f"* **row failed: {line['row']}.** {line['failed']}" for line in lines if line.get("failed")]
