@@ -96,9 +96,16 @@ class Digits:
 
     def real(self, case: Case) -> np.ndarray:
         """Features of the real pictures that the prompt asks for and that are not negated."""
-        world = digits()
-        labels, features = world.data()[1:3]
-        return features[torch.isin(labels, torch.tensor(world.allowed(case.prompt or None, int(case.negated or -1))))].numpy()
+        labels, features = self.known_digits
+        return features[torch.isin(labels, torch.tensor(digits().allowed(case.prompt or None, int(case.negated or -1))))].numpy()
+
+    @cached_property
+    def known_digits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels and features of the real digits; their latents, which benchmarks/digits.py makes too, take much longer."""
+        from tiny_digits.world import digits_data
+
+        pixels, labels = digits_data()[:2]
+        return labels, digits().world().features(pixels)
 
     def energy(self, made: np.ndarray, real: np.ndarray) -> float:
         return digits().energy_distance(torch.from_numpy(made), torch.from_numpy(real))

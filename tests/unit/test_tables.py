@@ -1,6 +1,10 @@
 """The tables' parts that need no ComfyUI: prompt files, rows, resuming, judges that are missing, the table, the page."""
 import json
+import random
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +18,7 @@ from benchmarks.tables.comfyui import OutOfMemory
 from benchmarks.tables.graph import Case, Row, Setup, build
 from benchmarks.tables.prompts import read
 
+ROOT = Path(__file__).parents[2]
 SETUP = Setup("model.safetensors", 64, 64, steps=3, cfg=7.5, sampler="euler", scheduler="normal", unwanted="rain")
 I2P = ("prompt,categories,hard,inappropriate_percentage,nudity_percentage,q16_percentage,sd_safety_percentage,prompt_toxicity,lexica_url,"
        "evaluation_seed,evaluation_guidance,sd_image_width,sd_image_height,sd_model,case_number\n"
@@ -259,6 +264,39 @@ def test_the_page_needs_no_network_and_shows_no_markup_of_prompts(tmp_path):
 
 
 def test_nothing_of_it_is_imported_by_the_pack():
-    root = Path(__file__).parents[2]
-    assert not [path for part in ("nodes", "safe_denoiser") for path in (root / part).glob("*.py")
+
+    assert not [path for part in ("nodes", "safe_denoiser") for path in (ROOT / part).glob("*.py")
                 if re.search(r"^\s*(from|import) benchmarks", path.read_text(), re.MULTILINE)]
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from benchmarks.tables import run
+from tests.unit.test_tables import ROWS, SETUP, Case, Runner
+run.sample(SETUP, ROWS, [Case("unsafe", "a lamp", 1, 400), Case("harmless", "a table", 2, 200)], Runner(), Path(sys.argv[1]), 4,
+           lambda line: print(line, flush=True))
+"""
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_nothing_is_lost_or_torn(tmp_path, kills):
+    moments = random.Random(0)
+
+    def start(out):
+        return subprocess.Popen([sys.executable, "-c", KILLED, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    assert start(tmp_path / "whole").wait(200) == 0
+    counts = []
+    for _ in range(kills):
+        process = start(tmp_path / "cut")
+        process.stdout.readline()
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+        counts.append(len(files(tmp_path / "cut")))
+    assert start(tmp_path / "cut").wait(200) == 0
+    print(f"\npictures after each kill: {counts}")
+    assert counts == sorted(counts) and 0 < counts[0] < 1200
+    assert files(tmp_path / "cut") == files(tmp_path / "whole") and len(files(tmp_path / "cut")) == 1200
+    assert not list((tmp_path / "cut").rglob("*.part*"))
