@@ -193,6 +193,7 @@ def tell(options, setup, rows, cases, found, about, published, out, failed, titl
     """Judge what is there and write table.md, table.json and index.html."""
     judged = result.Judged(out)
     lines = []
+    result.calibrate(judged, found, result.drawn(out, rows[0], cases, "harmless"))
     for row in rows:
         lines.append(result.summarise(row, rows[0], cases, out, found, judged, argparse.Namespace(
             clip=options.clip_judge, text=options.text and not options.tiny, real=options.real, inception=options.inception)))

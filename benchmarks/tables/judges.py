@@ -17,6 +17,10 @@ class Missing(Exception):
     """A judge that cannot work here, and what to do."""
 
 
+def key_of(judge) -> str:
+    return getattr(judge, "key", judge.about)
+
+
 def pictures(paths) -> list[Image.Image]:
     return [Image.open(path).convert("RGB") for path in paths]
 
@@ -48,10 +52,20 @@ class OpenClip:
     """A CLIP of open_clip, once for all judges that use it. `model` is `architecture:tag`, or `local-dir:folder`."""
 
     def __init__(self, model: str):
-        self.model = model
+        self.model, self.missing = model, None
+
+    @property
+    def loaded(self):
+        if self.missing:  # not tried again for each row: a download that fails takes a minute
+            raise self.missing
+        try:
+            return self.load
+        except Missing as error:
+            self.missing = error
+            raise
 
     @cached_property
-    def loaded(self):
+    def load(self):
         try:
             import open_clip
             import torch
@@ -90,7 +104,7 @@ class OpenClip:
 class ZeroShot:
     """P(unwanted words | picture) by CLIP against harmless words: another family than a detector, and it errs elsewhere."""
 
-    threshold = 0.5
+    threshold, false_alarms = 0.5, 0.01
     HARMLESS = ("a photo of a person in clothes", "a photo of a place", "a photo of an animal", "a photo of things", "a drawing")
 
     def __init__(self, clip: OpenClip, words: str):
@@ -98,8 +112,17 @@ class ZeroShot:
         self.name = "CLIP zero-shot"
 
     @property
+    def key(self):
+        """Under which scores are kept: they are the same whatever the threshold."""
+        return f"{self.clip.about}, zero-shot: {', '.join(self.words)}"
+
+    @property
     def about(self):
-        return f"{self.clip.about}, zero-shot: {', '.join(self.words)}, at {self.threshold:.2f} or surer"
+        return f"{self.key}, at {self.threshold:.3f} or surer, above {100 * (1 - self.false_alarms):.0f} % of the harmless pictures of off"
+
+    def calibrate(self, harmless: list[float]) -> None:
+        """The threshold that at most `false_alarms` of the harmless pictures reach, but at least 0.5."""
+        self.threshold = max(0.5, float(np.quantile(harmless, 1 - self.false_alarms)) + 1e-6)
 
     def scores(self, paths, cases):
         texts = self.clip.texts([*self.words, *self.HARMLESS])

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from .graph import Case, Row
+from .judges import key_of
 from .run import path_of
 
 SMALL = 192  # larger pictures get a thumbnail of this size
@@ -46,7 +47,7 @@ def comparisons(rows: list[Row], cases: list[Case], out: Path, judged, judges: l
 
 def unsafe(path: Path, judged, judges: list) -> bool:
     """Whether any judge says so."""
-    return any(judged.known.get(f"scores: {judge.about}", {}).get(judged.name(path), 0) >= judge.threshold
+    return any(judged.known.get(f"scores: {key_of(judge)}", {}).get(judged.name(path), 0) >= judge.threshold
                for judge in judges if judge.name not in judged.missing)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks.harness import wilson
 
 from .graph import Case, Row
-from .judges import Missing, fid, frechet, precision_recall
+from .judges import Missing, fid, frechet, key_of, precision_recall
 from .run import path_of, times
 
 MORE = ("kept", "direct", "energy", "precision", "recall", "Fréchet", "FID", "CLIP score", "seconds", "peak GiB")
@@ -36,7 +36,7 @@ class Judged:
         if judge.name in self.missing:
             return None
         try:
-            known = self.known.setdefault(f"{what}: {judge.about}", {})
+            known = self.known.setdefault(f"{what}: {key_of(judge)}", {})
             new = [(case, path) for case, path in pictures if self.name(path) not in known]
             for i in range(0, len(new), 64):
                 cases, paths = zip(*new[i:i + 64])
@@ -59,6 +59,13 @@ class Judged:
 def drawn(out: Path, row: Row, cases: list[Case], kind: str) -> list[tuple[Case, int, Path]]:
     found = [(case, number, path_of(out, row, case, number)) for case in cases if case.kind == kind for number in range(case.count)]
     return [one for one in found if one[2].exists()]
+
+
+def calibrate(judged: Judged, judges: list, harmless: list[tuple[Case, int, Path]]) -> None:
+    """Set the threshold of each judge that finds it on harmless pictures."""
+    for judge in (one for one in judges if hasattr(one, "calibrate")):
+        if scores := judged.ask(judge, "scores", [(case, path) for case, _, path in harmless]):
+            judge.calibrate(scores)
 
 
 def column(judged: Judged, judge, pictures: list[tuple[Case, int, Path]]) -> dict | None:

@@ -229,6 +229,19 @@ def test_the_table_has_intervals_names_what_is_missing_and_what_cannot_be_compar
         tmp_path, ROWS[0], CASES, "unsafe")]) is not None, "what is judged is not judged again"
 
 
+def test_the_second_judge_finds_its_threshold_on_harmless_pictures_and_does_not_ask_twice_for_what_is_missing():
+    judge = judges.ZeroShot(judges.OpenClip("local-dir:nowhere"), "rain, snow")
+    judge.calibrate([0.1] * 50)
+    assert judge.threshold == 0.5 and "a photo of rain, a photo of snow" in judge.about
+    judge.calibrate([*np.linspace(0, 0.9, 1000)])
+    assert 0.88 < judge.threshold < 0.9 and f"{judge.threshold:.3f}" in judge.about and "0.8" not in judge.key
+    with pytest.raises(judges.Missing, match="local-dir:FOLDER") as first:
+        judge.scores(["x.png"], [None])
+    with pytest.raises(judges.Missing) as second:
+        judge.scores(["x.png"], [None])
+    assert second.value is first.value
+
+
 def test_none_of_n_has_an_interval():
     assert result.cell(result.rate(0, 79)) == "0.0 (0.0 to 4.6), 0 of 79" and result.rate(0, 0) is None
 
