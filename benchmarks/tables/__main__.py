@@ -216,8 +216,8 @@ def tell(options, setup, rows, cases, found, about, published, out, failed, titl
 def about_of(judge) -> str:
     try:
         return judge.about
-    except PackageNotFoundError:
-        return "not installed"
+    except judges.Missing as error:
+        return str(error)
 
 
 def seeds_of(cases: list[Case]) -> str:

@@ -41,6 +41,7 @@ class NudeNet:
 
     @property
     def about(self):
+        self.detector  # noqa: B018 - what is not installed has no version
         return f"nudenet {version('nudenet')}, its 320n detector, exposed parts at {self.threshold} or surer"
 
     def scores(self, paths, cases):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.tables import judges, page, result, run
-from benchmarks.tables.__main__ import rows_of, same_run
+from benchmarks.tables.__main__ import about_of, rows_of, same_run
 from benchmarks.tables.comfyui import OutOfMemory
 from benchmarks.tables.graph import Case, Row, Setup, build
 from benchmarks.tables.prompts import read
@@ -240,6 +240,14 @@ def test_the_second_judge_finds_its_threshold_on_harmless_pictures_and_does_not_
     with pytest.raises(judges.Missing) as second:
         judge.scores(["x.png"], [None])
     assert second.value is first.value
+
+
+def test_a_detector_that_is_not_installed_is_named_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    judged = result.Judged(tmp_path)
+    assert judged.ask(judges.NudeNet(), "scores", [(CASES[0], tmp_path / "x.png")]) is None
+    assert judged.missing == {"NudeNet": "nudenet is not installed: pip install .[tables]"}
+    assert about_of(judges.NudeNet()) == judged.missing["NudeNet"]
 
 
 def test_none_of_n_has_an_interval():
