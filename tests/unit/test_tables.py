@@ -1,4 +1,5 @@
 """The tables' parts that need no ComfyUI: prompt files, rows, resuming, judges that are missing, the table, the page."""
+import inspect
 import json
 import random
 import re
@@ -290,14 +291,16 @@ def test_nothing_of_it_is_imported_by_the_pack():
                 if re.search(r"^\s*(from|import) benchmarks", path.read_text(), re.MULTILINE)]
 
 
-KILLED = """
-import sys, time
+KILLED = f"""
+import sys
 from pathlib import Path
+import numpy as np
 from benchmarks.tables import run
-from tests.unit.test_tables import ROWS, SETUP, Case, Runner
-run.sample(SETUP, ROWS, [Case("unsafe", "a lamp", 1, 400), Case("harmless", "a table", 2, 200)], Runner(), Path(sys.argv[1]), 4,
+from benchmarks.tables.graph import Case, Row, Setup
+{inspect.getsource(Runner)}
+run.sample({SETUP!r}, {ROWS!r}, [Case("unsafe", "a lamp", 1, 400), Case("harmless", "a table", 2, 200)], Runner(), Path(sys.argv[1]), 4,
            lambda line: print(line, flush=True))
-"""
+"""  # it imports little: it is started many times
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
