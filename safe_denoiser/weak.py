@@ -18,8 +18,9 @@ def weaknesses(denoiser: SafeDenoiser, by_words: bool) -> list[str]:
     if method == "safe_denoiser" and denoiser.strength > 2:
         found.append("weak set-up: strength above 2 spoils pictures")
     if method == "safe_denoiser" and bank is not None:
-        if not by_words and denoiser.reference is None and denoiser.retain is None:
-            found.append("weak set-up: pictures alone do little on photographs; add words that name it (unwanted)")
+        if not by_words and denoiser.retain is None and not denoiser.view.sees:
+            found.append("weak set-up: these pictures alone do little; connect unwanted: words that name it, or what Learn Unwanted "
+                         "Condition learns from them")
         if len(bank) < FEW:
             found.append(f"weak set-up: {len(bank)} negation picture{'s' * (len(bank) > 1)}; {FEW} or more are better")
     return found

@@ -128,8 +128,16 @@ def test_the_sentence_counts_pictures_and_names_what_pushed_most():
     assert Report(small, ["stopped after 2 model calls of a schedule of 9 steps"]).sentence.startswith("stopped after 2 model calls of a")
 
 
+def test_a_reference_bank_that_distances_cannot_tell_apart_is_a_weak_set_up():
+    draw = torch.Generator().manual_seed(0)
+    alike, apart, reference = (Bank(torch.randn(20, 4, 4, 4, generator=draw) + shift) for shift in (0, 9, 0))
+    assert weaknesses(SafeDenoiser(apart, reference=reference), False) == []
+    assert "Learn Unwanted Condition" in weaknesses(SafeDenoiser(alike, reference=reference), False)[0]
+    assert weaknesses(SafeDenoiser(alike, reference=reference), True) == []
+
+
 @pytest.mark.parametrize("settings, by_words, count, weak", [
-    ({}, False, 15, "pictures alone do little on photographs"), ({}, True, 1, "1 negation picture;"),
+    ({}, False, 15, "these pictures alone do little; connect unwanted"), ({}, True, 1, "1 negation picture;"),
     (dict(strength=2.5), True, 15, "strength above 2"), (dict(method="official"), False, 15, "was published with strength 0.33"),
     (dict(method="official", strength=0.33), False, 15, None), ({}, True, 15, None),
 ])

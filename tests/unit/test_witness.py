@@ -137,11 +137,11 @@ def test_cfg_1_without_a_neutral_condition():
     alone, beside = ByWitness(), ByWitness(None, fit(reference), True)
     unwanted, safe = torch.zeros(1, 256), torch.zeros(1, 256)
     unwanted[0, :20], safe[0, 100:120] = 2.0, 2.0
-    for share in (0.0, 0.5):
-        asked = (1 - share) * safe + share * unwanted
+    for part in (0.0, 0.5):
+        asked = (1 - part) * safe + part * unwanted
         p = Prediction(torch.zeros(1, 256), asked, torch.ones(1), torch.zeros(1), unwanted=unwanted)
         assert float(alone.correct(p, {}).posterior) == pytest.approx(0.1, abs=1e-3)
-        assert float(beside.correct(p, {}).posterior) == pytest.approx(0.1 + 0.9 * share, abs=0.12)
+        assert float(beside.correct(p, {}).posterior) == pytest.approx(0.1 + 0.9 * part, abs=0.12)
 
 
 def test_neutral_takes_the_place_of_the_negative_prompt_for_t_only():
