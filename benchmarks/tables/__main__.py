@@ -74,7 +74,7 @@ def rows_of(table: str, mine: Path | None, only: str) -> tuple[list[Row], list[d
     except TypeError as error:
         raise SystemExit(f"a row of {mine} has a setting that no row has ({error}); it may have "
                          f"{', '.join(Row.__dataclass_fields__)}") from error
-    published = [one for one in [*shipped["published"], *added.get("published", ())] if one["table"] == table]
+    published = [one for one in [*shipped.get("published", ()), *added.get("published", ())] if one["table"] == table]
     return [row for row in rows if only in row.name or row.name == "off"], published
 
 
