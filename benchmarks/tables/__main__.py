@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import sys
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -226,6 +227,7 @@ def seeds_of(cases: list[Case]) -> str:
 
 
 def main(arguments_=None) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started this in the background
     options = arguments().parse_args(arguments_)
     if not options.checkpoint and not options.unet:
         raise SystemExit("which model? --checkpoint FILE, or --checkpoint tiny, or --unet with --clip and --vae")

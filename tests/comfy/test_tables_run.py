@@ -27,9 +27,9 @@ def start(*arguments, **options):
     return subprocess.Popen(command(*arguments, **options), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process, code=0):
+def finish(process, *codes):
     said, _ = process.communicate(timeout=500)
-    assert process.returncode == code, said
+    assert process.returncode in (codes or (0,)), said
     return said
 
 
@@ -95,7 +95,7 @@ def test_stopped_by_hand_it_leaves_a_table(tmp_path):
     process = start(tmp_path, *QUICK, "--batch", "1")
     until_pictures(process)
     process.send_signal(signal.SIGINT)
-    assert "the same command goes on" in finish(process, 130)
+    assert "the same command goes on" in finish(process, 130, -signal.SIGINT)  # the latter where it was met within an import
     assert 0 < json.loads((tmp_path / "table.json").read_text())["rows"][0]["drawn"] < 225
 
 
