@@ -7,6 +7,7 @@ from ..safe_denoiser.describe import describe, different
 from ..safe_denoiser.describe_by_model import MOST, describe_by_model, rows_needed
 from .clip import clip_inputs, embed
 from .curate import SCORED, sheet
+from .encoders import encoded
 from .live import Live, progress
 from .loading import in_space
 from .model_calls import ask, told
@@ -86,10 +87,8 @@ def by_model(model, text_encoder, negation_bank, reference_bank, phrases: str, c
     rows = rows_needed(len(unique), len(latents), len(others))
     live.send(f"{len(unique)} phrases: about {-(-rows // BATCH)} calls of the model, {BATCH} pictures each")
 
-    def encode(text: str) -> list:
-        return text_encoder.encode_from_tokens_scheduled(text_encoder.tokenize(text))
-
-    neutral, conditions = encode(""), {phrase: encode(phrase) for phrase in unique}  # before the model is loaded
+    neutral, *heard = (encoded(text_encoder, text) for text in ("", *unique))  # before the model is loaded
+    conditions = dict(zip(unique, heard))
 
     def work(asked):
         y, z = (one.to(asked.device) for one in (latents, others))

@@ -12,6 +12,11 @@ NOTHING = 0  # the token that takes the place of one that is left out, as in SAF
 Encoded = tuple[torch.Tensor, torch.Tensor | None]  # cond (R, C) and the pooled vector (C,)
 
 
+def encoded(clip, text: str) -> list:
+    """CONDITIONING, as CLIP Text Encode makes it."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
 @dataclass(frozen=True)
 class Box:
     """A part of a conditioning: rows and columns of it, or columns of the pooled vector."""

@@ -46,12 +46,16 @@ def searched(kind: str) -> list[Path]:
     return roots(kind) + {SETS: roots(BANKS)[:1], CLIPS: roots("clip_vision")}.get(kind, [])
 
 
-def _files(root: Path, wanted: Callable[[Path], bool]) -> Iterator[tuple[Path, str]]:
-    """(path, name below the root) of the regular files under a root that are wanted; links are not followed into other folders.
+def _files(root: Path, wanted: Callable[[Path], bool], empty: bool = False) -> Iterator[tuple[Path, str]]:
+    """(path, name below the root) of the regular files under a root that are wanted; links are not followed into other folders. With
+    `empty` of the folders too in which there is nothing yet, but for those that are called like files.
 
     Nothing in somebody's folder may raise here: a schema that raises takes the whole pack out of ComfyUI.
     """
     for folder, inside, names in os.walk(root):
+        if empty and not inside and not names and (name := Path(folder).relative_to(root).as_posix()) != ".":
+            if name.isprintable() and not MARKUP & set(name) and Path(folder).suffix.lower() not in PACKED | EXTENSIONS:
+                yield Path(folder), name
         for path in (Path(folder, name) for name in inside):
             if path.is_symlink():
                 _leave_out(path, ValueError("a link to a folder; put the folder itself there, or name its place in "
@@ -85,22 +89,12 @@ def list_sets() -> list[str]:
 
     for root in searched(SETS):
         known.add(root)  # pictures that lie there are of no set
-        for path, name in _files(root, wanted):
-            if path.suffix.lower() not in PACKED:
+        for path, name in _files(root, wanted, empty=True):
+            if path.suffix.lower() in EXTENSIONS:
                 known.add(path.parent)
                 name = name.rpartition("/")[0]
             names.add(name)
-        names |= {name for path, name in _empty(root)}
     return sorted(names)
-
-
-def _empty(root: Path) -> Iterator[tuple[Path, str]]:
-    """Folders below a root in which there is nothing yet, but for those that are called like files."""
-    for folder, inside, files in os.walk(root):
-        name = Path(folder).relative_to(root).as_posix()
-        odd = MARKUP & set(name) or not name.isprintable() or Path(folder).suffix.lower() in PACKED | EXTENSIONS
-        if not inside and not files and name != "." and not odd:
-            yield Path(folder), name
 
 
 def is_empty(path: Path) -> bool:

@@ -3,6 +3,7 @@ from comfy_api.latest import io
 
 from ..safe_denoiser.denoiser import SafeDenoiser
 from ..safe_denoiser.meaning import lines_of
+from .encoders import encoded
 from .live import Board
 from .steer import patch
 from .types import CATEGORY, OWN_TEXT, NegationBankType, found_by
@@ -18,11 +19,6 @@ WORDS = (  # by which people look for it, in the languages of the page
     "indésirable", "non désiré", "nudité", "censure", "exclure", "supprimer", "éviter", "bloquer", "filtre", "empêcher", "liste noire",
     "marque", "célébrité", "prompt négatif", "no deseado", "desnudez", "censura", "excluir", "eliminar", "evitar", "bloquear", "filtro",
     "impedir", "suprimir", "lista negra", "marca registrada", "famoso", "prompt negativo")
-
-
-def encoded(clip, text: str) -> list:
-    """CONDITIONING, as CLIP Text Encode makes it."""
-    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
 class KeepOut(io.ComfyNode):

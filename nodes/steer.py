@@ -382,8 +382,9 @@ class Patch:
             run.note(MISSED)
         if denoiser.method == "sld" and "unconditional" not in guides:
             run.note(UNGUIDED)
-        if "unwanted" in heard and denoiser.method == "safe_denoiser" and not {"neutral", "unconditional"} & {*guides, *heard}:
-            run.report.weak[:] = dict.fromkeys([*run.report.weak, NO_NEUTRAL])
+        if "unwanted" in heard and denoiser.method == "safe_denoiser" and not {"neutral", "unconditional"} & {*guides, *heard} \
+                and NO_NEUTRAL not in run.report.weak:
+            run.report.weak.append(NO_NEUTRAL)
         reach = witness.reach(guider, x, timestep) if heard else None
         run.compare(denoiser, mask, guides)
         begins = run.begins_step(timestep) if heard else True  # only rules that hear something ask

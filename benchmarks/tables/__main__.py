@@ -13,6 +13,7 @@ import platform
 import signal
 import sys
 from dataclasses import asdict, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -66,9 +67,15 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+@cache
+def experiments() -> dict:
+    """What ships: defaults of each table, rows, published figures."""
+    return tomllib.loads((HERE / "experiments.toml").read_text(encoding="utf-8"))
+
+
 def rows_of(table: str, mine: Path | None, only: str) -> tuple[list[Row], list[dict]]:
     """The rows of a table and of the user's file, off always the first; the published figures."""
-    shipped = tomllib.loads((HERE / "experiments.toml").read_text(encoding="utf-8"))
+    shipped = experiments()
     added = tomllib.loads(mine.read_text(encoding="utf-8")) if mine else {}
     try:
         rows = [Row(**one | {"banks": tuple(one.get("banks", ()))}) for one in [*shipped[ROWS[table]], *added.get("row", ())]]
@@ -235,7 +242,7 @@ def main(arguments_=None) -> int:
     if options.tiny and options.server:
         raise SystemExit("the tiny world runs in process: it brings its own pictures; leave --server away")
     rows, published = rows_of(options.table, options.rows, options.only)
-    defaults = tomllib.loads((HERE / "experiments.toml").read_text(encoding="utf-8"))[options.table]
+    defaults = {**experiments()[options.table]}
     title = defaults.pop("title")
     out = (options.out or Path("tables") / f"{options.table}-{Path(options.checkpoint or options.unet).stem}").absolute()
     out.mkdir(parents=True, exist_ok=True)

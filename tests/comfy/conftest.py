@@ -10,6 +10,8 @@ import compatibility
 import pytest
 import torch
 
+from dev import Server
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -50,6 +52,13 @@ def run(pack):
         output = node.EXECUTE_NORMALIZED(**given)
         return SimpleNamespace(result=output.args, ui=output.ui)
     return call
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A ComfyUI of its own, with the pack, that answers on this machine."""
+    with Server(os.environ["SAFE_DENOISER_COMFYUI"], tmp_path_factory.mktemp("server")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

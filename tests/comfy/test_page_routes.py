@@ -13,14 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dev import Server
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(os.environ["SAFE_DENOISER_COMFYUI"], tmp_path_factory.mktemp("server")) as server:
-        yield server
-
 
 @pytest.fixture(scope="module")
 def sets(server):

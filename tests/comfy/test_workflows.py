@@ -2,14 +2,13 @@
 import copy
 import io
 import json
-import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dev import ROOT, Server
+from dev import ROOT
 from tests.conftest import NEEDS, NOT_HERE
 from tiny_digits.world import TinyDigits
 
@@ -18,12 +17,6 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 PAGE_ONLY = {"MarkdownNote", "Note", "PrimitiveNode", "Reroute"}  # the page draws these, the server never sees them
 ANY = {"*", "COMFY_MATCHTYPE_V3"}  # types that take the other end's
 CONTROL = ("control_after_generate", "COMBO", {"options": ["fixed", "increment", "decrement", "randomize"]})
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(os.environ["SAFE_DENOISER_COMFYUI"], tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
