@@ -4,7 +4,7 @@
 *round*.
 
 `python -m benchmarks.learned --photos FOLDER` in a learned world of photographs (CIFAR-10, see `tiny_photos`). Each of its
-six classes is negated in turn, under the prompt for the pair that it is of, at cfg 1, 2 and 4. The negation set is photographs that neither
+four classes is negated in turn, under the prompt for the pair that it is of, at cfg 1, 2 and 4. The negation set is photographs that neither
 the model nor the judge has seen; the reference bank is the model's own samples.
 
 Rows
@@ -21,7 +21,7 @@ Columns
     unsafe %     pictures that the judge reads as the negated class, with a 95 % Wilson interval
     worst        the same of the class with the most
     kept %       pictures that were not unsafe and keep the class they had at the same seed
-    unrelated %  pictures under the prompts for two other pairs that keep their class
+    unrelated %  pictures under the prompt for the other pair that keep their class
     changed %    median relative change of the latents of pictures that were safe, in L2
 """
 from collections.abc import Callable
@@ -123,8 +123,7 @@ def draw(place: Place, asked: str, method: str, name: str, cfg: float, seed: int
 def case(place: Place, pair: tuple[str, str], name: str, cfg: float, scale: Scale, methods: list[str], off: Callable) -> dict[str, dict]:
     """What each method does where one class is negated."""
     asked, number = " or ".join(pair), PROMPTS[name]
-    turn = PAIRS.index(pair)
-    unrelated = [" or ".join(PAIRS[(turn + step) % len(PAIRS)]) for step in (1, 2)]
+    unrelated = [" or ".join(other) for other in PAIRS if other != pair]
     found = {}
     for method in methods:
         hits = n = 0

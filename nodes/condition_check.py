@@ -17,6 +17,7 @@ FRACTIONS = (0.2, 0.6)  # of the schedule: where right conditions and others dif
 PICTURES, ENOUGH, AT_ONCE = 64, 16, 4  # of the set and of the others; from how many on it is said; in one call of the model
 KEPT = 64  # findings that are remembered
 NOT_MEANT = ("no", "broadly")
+UNCHECKED = "whether the unwanted condition explains your pictures is not checked: "
 
 
 @dataclass
@@ -59,12 +60,18 @@ class ConditionCheck:
             _found.popitem(last=False)
         return found
 
-    def after(self, seconds: float, guider, model_options: dict, held: dict, device: torch.device) -> str:
+    def after(self, seconds: float, guider, model_options: dict, held: dict, device: torch.device,
+              apart: bool = False) -> str:
         """Go on with the check after a run that took so long, and say what is known; the run's pictures are done and stay as they are.
 
         Args:
             held: banks in the run's form, by name.
+            apart: conditions are asked in calls of their own, because nodes of other packs patch the network.
         """
+        if apart:
+            return UNCHECKED + "another pack's node patches the network itself"
+        if few := [name for name in self.names if len(held[name].bank) < ENOUGH]:
+            return f"{UNCHECKED}{ENOUGH} pictures are needed, and the {few[0]} has {len(held[few[0]].bank)}"
         if self.broken:
             return self.broken
         try:
@@ -73,8 +80,9 @@ class ConditionCheck:
             found.seconds += SHARE * seconds
             found.seconds -= time.monotonic() - began
             neutral = self._neutral(guider)
-            if neutral is not None:
-                self._go_on(found, neutral, guider, model_options, held, device, seconds)
+            if neutral is None:
+                return UNCHECKED + "connect neutral, an empty prompt"
+            self._go_on(found, neutral, guider, model_options, held, device, seconds)
             return self._told(found)
         except comfy.model_management.InterruptProcessingException:
             raise

@@ -309,8 +309,9 @@ class Patch:
                 run.note(APART)
             began = time.monotonic()
             samples = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
-            if self.check and run.report is self.report and run.report.steps and picture.shape is None and not run.witness.apart:
-                run.note(self.check.after(time.monotonic() - began, guider, extra_args.get("model_options", {}), run.held, noise.device))
+            if self.check and run.report is self.report and run.report.steps and picture.shape is None:
+                run.note(self.check.after(time.monotonic() - began, guider, extra_args.get("model_options", {}), run.held, noise.device,
+                                          run.witness.apart))
             return samples
 
     def now(self, guider, x: torch.Tensor, timestep: torch.Tensor) -> Run:

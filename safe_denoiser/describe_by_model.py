@@ -20,7 +20,14 @@ def rounds(phrases: int, pictures: int, others: int) -> list[tuple[int, int]]:
 
 
 def rows_needed(phrases: int, pictures: int, others: int) -> int:
-    """How many noised pictures the model will be asked for, one per phrase, level and picture, and once per picture without a phrase."""
+    """How many noised pictures the model will be asked for, one per phrase, level and picture, and once per picture without a phrase.
+
+    Raises:
+        ValueError: fewer than two pictures of the set or of the others.
+    """
+    if min(pictures, others) < 2:
+        raise ValueError(f"too few pictures to describe what tells them apart (the set has {pictures}, the others are {others}); connect "
+                         f"banks of two or more")
     return sum((asked + 1) * len(LEVELS) * (min(count, pictures) + min(count, others))
                for asked, count in rounds(phrases, pictures, others))
 
@@ -46,10 +53,9 @@ def describe_by_model(model: Model, latents: Tensor, others: Tensor, phrases: tu
     Raises:
         ValueError: fewer than two pictures of the set or of the others.
     """
-    if min(len(latents), len(others)) < 2:
-        raise ValueError(f"{len(latents)} pictures and {len(others)} others are too few to describe what tells them apart; connect more")
+    total = rows_needed(len(phrases), len(latents), len(others))
     conditions = {i: encode(phrase) for i, phrase in enumerate(phrases)}
-    left, done, total = [*conditions], 0, rows_needed(len(phrases), len(latents), len(others))
+    left, done = [*conditions], 0
     scores, fits = torch.full((len(phrases),), -torch.inf, dtype=torch.float64), ()
     for asked, size in rounds(len(phrases), len(latents), len(others)):
         left = sorted(left, key=lambda i: -float(scores[i]))[:asked]

@@ -1,4 +1,5 @@
 """Whether `unwanted` means the pictures of the bank: found after runs, in a little of their time, and said; pictures stay the same."""
+import re
 import sys
 from dataclasses import replace
 
@@ -40,6 +41,17 @@ def test_a_condition_that_means_half_of_the_set_is_said_to(said, run, tiny, modu
     mixed = replace(tiny.bank, latents=torch.stack([tiny.bank.latents[:20], others.latents[-20:]], 1).flatten(0, 1), names=())
     notes = said(label(run, 7), mixed)[1]
     assert "a little (" in notes[0], notes
+
+
+@pytest.mark.parametrize("given, why", [
+    (lambda tiny: dict(negation_bank=replace(tiny.bank, latents=tiny.bank.latents[:15], names=())), "16 pictures are needed, .* has 15"),
+    (lambda tiny: dict(neutral=None), "connect neutral"),
+])
+def test_what_is_not_checked_says_why(given, why, run, tiny, sample, module, monkeypatch):
+    monkeypatch.setattr(module.ConditionCheck, "_neutral", lambda self, guider: self.given.get("neutral"))  # a guider without a negative
+    banks = dict(negation_bank=tiny.bank, reference_bank=tiny.reference, unwanted=label(run, 7), neutral=tiny.empty) | given(tiny)
+    notes = sample.safe(banks, steps=2, batch=1)[1].notes
+    assert any(note.startswith(module.UNCHECKED) and re.search(why, note) for note in notes), notes
 
 
 def test_pictures_are_the_same_with_and_without_it(said, run, tiny, module):

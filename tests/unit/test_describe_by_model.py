@@ -66,3 +66,8 @@ def test_rounds_halve_the_phrases_and_double_the_pictures():
 def test_too_few_pictures_are_refused(world):
     with pytest.raises(ValueError, match="too few"):
         described(world, bank(7).latents[:1])
+
+
+def test_one_picture_is_refused_before_the_model_is_asked():
+    with pytest.raises(ValueError, match=r"the set has 1, the others are 60"):
+        rows_needed(12, 1, 60)
