@@ -541,7 +541,7 @@ def test_a_blueprint_is_there_with_its_knobs_and_runs(page):
             const link = app.graph.links.get(old.inputs.find(one => one.name === name).link);
             app.graph.getNodeById(link.origin_id).connect(link.origin_slot, node, slot(name));
         }
-        find('VAELoader').connect(0, node, slot('vae'));
+        find('SafeDenoiserLoadTinyWorld').connect(1, node, slot('vae'));
         find('SafeDenoiserLoadNegationSet').connect(0, node, slot('negation_set'));
         node.connect(0, app.graph.nodes.find(n => n.type === 'VAEDecode' && n.title.includes('on')), 0);
         for (const [name, value] of Object.entries({count: 4, cfg: 2, seed})) node.widgets.find(w => w.name === name).value = value;

@@ -143,7 +143,7 @@ def unlink(workflow):
 def cross(workflow):
     """Lead the vae of the decoder from the model loader."""
     link = next(link for link in workflow["links"] if link[0] == slot_of(node_of(workflow, "VAEDecode"), "vae")["link"])
-    link[1] = node_of(workflow, "UNETLoader")["id"]
+    link[2] = 0
 
 
 BREAKAGES = {
