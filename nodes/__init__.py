@@ -22,6 +22,7 @@ from . import (
     sample,
     saved_condition,
     semantic,
+    tiny_world,
     versions,
 )
 
@@ -32,6 +33,7 @@ class SafeDenoiserExtension(ComfyExtension):
             logging.warning(line)
         folders.register()  # before any schema lists its files
         page.register()
+        tiny_world.register()
         stations = (negation_set, bank, reference, sample, report, clip, curate, check, semantic, class_condition, describe, guard_prompt,
-                    guard_model, learn, saved_condition, keep_out)
+                    guard_model, learn, saved_condition, keep_out, tiny_world)
         return [node for station in stations for node in station.NODES]

@@ -22,15 +22,17 @@ CACHE_LIMIT = float(os.environ.get("SAFE_DENOISER_CACHE_GB", 8)) * 2**30  # byte
 CHOOSE = "choose a set"  # what the list of sets begins with: a new node negates nothing that nobody chose
 MARKUP = {"<", ">"}  # in a name: some pages make HTML of the entries of a list
 _left_out: set[Path] = set()  # entries of which it was said
-TINY = [Path(__file__).resolve().parent.parent / world / "models" for world in ("tiny_digits", "tiny_photos")]
+TINY = {world: Path(__file__).resolve().parent.parent / folder / "models"
+        for world, folder in (("digits", "tiny_digits"), ("photographs", "tiny_photos"))}
+MODELS = ("diffusion_models", "vae")  # of a tiny world: in ComfyUI's own lists, from which its page fills new nodes, they have no business
 
 
 def register() -> None:
-    """Make models/negation_sets, models/negation_banks, ... and the shipped tiny worlds known to ComfyUI."""
+    """Make models/negation_sets, models/negation_banks, ... and the sets and banks of the shipped tiny worlds known to ComfyUI."""
     for kind in (SETS, BANKS, CLIPS, CONDITIONS):
         folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind))
-    for world in filter(Path.is_dir, TINY):
-        for folder in sorted(world.iterdir()):
+    for world in filter(Path.is_dir, TINY.values()):
+        for folder in (folder for folder in sorted(world.iterdir()) if folder.name not in MODELS):
             folder_paths.add_model_folder_path(folder.name, str(folder))
 
 

@@ -15,9 +15,10 @@ NO_BROWSER = "no ComfyUI" if not COMFYUI else "no chromium" if not CHROMIUM else
 NOT_HERE = {  # the user's own files: choices that no list on this machine can hold
     "v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors", "sd3.5_large_fp8_scaled.safetensors",
     "flux1-dev-fp8.safetensors", "flux1-redux-dev.safetensors", "sigclip_vision_patch14_384.safetensors", "sd21-unclip-h.ckpt",
-    "unwanted.png", "my_negation_set", "z_image_turbo_bf16.safetensors", "qwen_3_4b.safetensors", "ae.safetensors",
+    "z_image_turbo_bf16.safetensors", "qwen_3_4b.safetensors", "ae.safetensors", "flux1-dev-kontext_fp8_scaled.safetensors",
+    "clip_l.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "unwanted.png", "unwanted.safetensors", "my_negation_set",
 }
-NEEDS = {"check_and_branch": "ComfySwitchNode"}  # nodes of theirs that not every ComfyUI has
+NEEDS = {"Tiny digits, check and branch": "ComfySwitchNode"}  # nodes of theirs that not every ComfyUI has
 
 
 def pytest_addoption(parser):

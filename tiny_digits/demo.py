@@ -31,20 +31,19 @@ def workflow(seed, strength):
         return {"class_type": kind, "inputs": inputs}
 
     return {
-        "model": node("UNETLoader", unet_name="tiny_digits.safetensors", weight_dtype="default"),
-        "vae": node("VAELoader", vae_name="tiny_digits_vae.safetensors"),
+        "world": node("SafeDenoiserLoadTinyWorld", world="digits"),
         "latent": node("EmptySD3LatentImage", width=32, height=32, batch_size=BATCH),
         "positive": node("SafeDenoiserClassCondition", class_index=PROMPTS[PROMPT], classes=16),
         "negative": node("SafeDenoiserClassCondition", class_index=-1, classes=16),
         "set": node("SafeDenoiserLoadNegationSet", folder="tiny_sevens", max_images=0, preview="off"),
-        "bank": node("SafeDenoiserBuildNegationBank", negation_set=["set", 0], vae=["vae", 0], latent=["latent", 0],
+        "bank": node("SafeDenoiserBuildNegationBank", negation_set=["set", 0], vae=["world", 1], latent=["latent", 0],
                      fit="crop"),
         "reference": node("SafeDenoiserLoadNegationBank", bank="tiny_reference.safetensors"),
-        "sample": node("SafeDenoiserKSampler", model=["model", 0], positive=["positive", 0], negative=["negative", 0],
+        "sample": node("SafeDenoiserKSampler", model=["world", 0], positive=["positive", 0], negative=["negative", 0],
                        latent_image=["latent", 0], negation_bank=["bank", 0], reference_bank=["reference", 0],
                        seed=seed, steps=20, cfg=2.0, sampler_name="euler", scheduler="simple", denoise=1.0,
                        method="safe_denoiser", strength=strength, start=0.0, end=1.0, bank_size="exact"),
-        "decode": node("VAEDecode", samples=["sample", 0], vae=["vae", 0]),
+        "decode": node("VAEDecode", samples=["sample", 0], vae=["world", 1]),
         "save": node("SaveImage", images=["decode", 0], filename_prefix="tiny_digits"),
     }
 

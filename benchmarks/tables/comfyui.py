@@ -47,6 +47,8 @@ class InProcess:
         self.classes = nodes.NODE_CLASS_MAPPINGS | {node.GET_SCHEMA().node_id: node for node in found}
         self.version, self.made, self.torch = f"ComfyUI {comfyui_version.__version__}, in process", {}, torch
         self.memory = torch.cuda.is_available() and not args.cpu
+        for kind in ("diffusion_models", "vae"):  # in which the pack itself lists nothing
+            self.add_folder(kind, ROOT / "tiny_digits/models" / kind)
 
     def add_folder(self, kind: str, path: Path) -> None:
         import folder_paths

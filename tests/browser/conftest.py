@@ -94,7 +94,7 @@ class Page:
         """Whether this front end draws nodes, with their widgets, as HTML where it is asked to."""
         if self.setting(SETTING) is None:
             return False
-        self.load("tiny_digits")
+        self.load("Tiny digits")
         return bool(self.view.locator("[data-testid=node-widgets]").count())
 
     def setting(self, name):

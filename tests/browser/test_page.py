@@ -38,7 +38,7 @@ def test_every_template_opens(page):
         page.view.locator("[data-testid^=template-workflow-]").first.hover()
         page.view.mouse.wheel(0, 5000)  # the page lists twelve, and the others when one scrolls on
         card.scroll_into_view_if_needed()
-        page.view.wait_for_function("name => document.querySelector(`[data-testid=template-workflow-${name}] img`)?.naturalWidth >= 320",
+        page.view.wait_for_function("name => document.querySelector(`[data-testid='template-workflow-${name}'] img`)?.naturalWidth >= 320",
                                     arg=name)
         card.click()
         nodes = len(json.loads((ROOT / f"example_workflows/{name}.json").read_text(encoding="utf-8"))["nodes"])
@@ -91,7 +91,7 @@ def test_no_two_nodes_overlap_in_any_template(page):
 
 @BOTH
 def test_the_tiny_workflow_runs_and_another_set_reruns_only_what_follows(page):
-    page.load("tiny_digits")
+    page.load("Tiny digits")
     page.new_seed()
     first = page.run()
     assert ON <= page.executed(first)
@@ -114,7 +114,7 @@ def test_the_tiny_workflow_runs_and_another_set_reruns_only_what_follows(page):
 @BOTH
 def test_what_was_done_stays_on_the_node_and_out_of_the_workflow(page):
     """After the end of the run, in another tab and back, and when the page is opened again; and it is nobody's HTML."""
-    page.load("tiny_digits")
+    page.load("Tiny digits")
     before = {node["id"]: node.get("widgets_values") for node in page.workflow()["nodes"]}
     page.view.evaluate("app.graph.nodes.find(n => n.type === 'SafeDenoiserKSampler').widgets.find(w => w.name === 'strength').value = 0.7")
     page.new_seed()
@@ -135,7 +135,7 @@ def test_what_was_done_stays_on_the_node_and_out_of_the_workflow(page):
     page.view.wait_for_timeout(2000)
     if page.view.evaluate("app.graph.nodes.some(n => n.type === 'SafeDenoiserKSampler')"):  # the page brings back what was open
         assert page.said() == said
-    page.load("tiny_digits")
+    page.load("Tiny digits")
     page.view.wait_for_timeout(2000)
     assert page.said() is None or page.tab() == tab, "another tab has had no run"
     page.view.evaluate("""() => app.api.dispatchCustomEvent('safe_denoiser.text', {prompt_id: 'x', text: '<img src=x onerror=window.bad=1>',
@@ -175,7 +175,7 @@ class Sheet:
 
 @BOTH
 def test_the_sheet_is_seen_before_any_run_and_to_show_it_runs_nothing(page):
-    page.load("tiny_digits")
+    page.load("Tiny digits")
     sheet = Sheet(page).wait(16)
     assert sheet.blurred == {True} and sheet.said.startswith("tiny_sevens: 150 pictures")
     page.new_seed()
@@ -193,7 +193,7 @@ def test_the_sheet_is_seen_before_any_run_and_to_show_it_runs_nothing(page):
 
 
 def test_a_report_is_blurred_until_asked(page):
-    page.load("tiny_digits")
+    page.load("Tiny digits")
     page.view.evaluate("app.graph.nodes.find(n => n.type === 'SafeDenoiserLoadNegationSet').widgets[1].value = 24")
     pushed = {}
     for style in ("blurred", "shown"):
@@ -240,7 +240,7 @@ def answer(page, name):
 @BOTH
 def test_each_kind_of_wire_has_a_colour_whatever_scheme_is_chosen(page):
     """On the canvas by its own table, in Nodes 2.0 by what its slots really show."""
-    page.load("tiny_digits")
+    page.load("Tiny digits")
     for palette in ("dark", "light", "dark"):
         page.view.evaluate("async name => { await app.extensionManager.setting.set('Comfy.ColorPalette', name) }", palette)
         page.view.wait_for_timeout(700)
@@ -313,7 +313,7 @@ def test_each_node_has_its_help_panel(page):
 
 
 def test_undo_redo_and_copies_keep_the_values(page):
-    page.load("apply_sampler_custom_advanced")
+    page.load("Tiny digits, custom sampler")
     original = page.values("SafeDenoiserApply")
     page.unfold("SafeDenoiserApply")
     page.choose("SafeDenoiserApply", "method", "spell")
@@ -345,7 +345,7 @@ def graph(workflow):
 
 
 def test_a_saved_workflow_and_its_picture_bring_everything_back(page, server):
-    page.load("tiny_digits")
+    page.load("Tiny digits")
     page.view.evaluate("""() => { for (const n of app.graph.nodes) if (n.type.endsWith('KSampler'))
         n.widgets.find(w => w.name === 'seed').value = 4321 }""")
     entry = page.run()
@@ -374,7 +374,7 @@ def test_a_saved_workflow_and_its_picture_bring_everything_back(page, server):
 
 
 def test_a_set_that_is_gone_is_named_on_the_node(page, own_set):
-    page.load("tiny_digits")
+    page.load("Tiny digits")
     page.press("r")
     page.view.wait_for_timeout(1500)
     page.choose("SafeDenoiserLoadNegationSet", "folder", "mine")
@@ -429,7 +429,7 @@ def test_names_from_strangers_are_never_html(page, server):
         page.view.wait_for_timeout(700)
         assert page.view.evaluate("[window.hacked ?? 0, document.querySelectorAll('img[src=x]').length]") == [0, 0]
 
-    page.load("tiny_digits")
+    page.load("Tiny digits")
     page.press("r")
     page.view.wait_for_timeout(1500)
     if not page.modern:
@@ -487,7 +487,7 @@ def test_names_and_tooltips_follow_the_language(japanese):
 
 @BOTH
 def test_the_unwanted_condition_runs_and_the_node_says_what_it_told(page):
-    page.load("tiny_unwanted")
+    page.load("1 Try it")
     page.new_seed()
     entry = page.run()
     off, on = page.pictures("PreviewImage", entry), page.pictures("SaveImage", entry)
@@ -532,7 +532,7 @@ def test_a_blueprint_is_there_with_its_knobs_and_runs(page):
     """Its sampler is in a subgraph, and says what it did on both."""
     if page.view.evaluate("async () => (await app.api.fetchApi('/global_subgraphs')).status") != 200:
         pytest.skip("this ComfyUI knows no blueprints of packs")
-    page.load("tiny_digits")
+    page.load("Tiny digits")
     search(page, "Sample safely", enter=True)
     knobs = page.view.evaluate("""seed => {
         const node = app.graph.nodes.find(n => n.subgraph), find = kind => app.graph.nodes.find(n => n.type === kind);
@@ -541,7 +541,7 @@ def test_a_blueprint_is_there_with_its_knobs_and_runs(page):
             const link = app.graph.links.get(old.inputs.find(one => one.name === name).link);
             app.graph.getNodeById(link.origin_id).connect(link.origin_slot, node, slot(name));
         }
-        find('VAELoader').connect(0, node, slot('vae'));
+        find('SafeDenoiserLoadTinyWorld').connect(1, node, slot('vae'));
         find('SafeDenoiserLoadNegationSet').connect(0, node, slot('negation_set'));
         node.connect(0, app.graph.nodes.find(n => n.type === 'VAEDecode' && n.title.includes('on')), 0);
         for (const [name, value] of Object.entries({count: 4, cfg: 2, seed})) node.widgets.find(w => w.name === name).value = value;
@@ -558,7 +558,7 @@ def test_a_blueprint_is_there_with_its_knobs_and_runs(page):
 
 def test_bypass_and_mute(page):
     """A bypassed Apply Safe Denoiser is not there: the stock sampler's pictures; a muted sampler draws none."""
-    page.load("apply_sampler_custom_advanced")
+    page.load("Tiny digits, custom sampler")
     page.view.evaluate("""() => { for (const n of [...app.graph.nodes]) if (/Report|PreviewAny/.test(n.type)) app.graph.remove(n);
         app.graph.nodes.find(n => n.type === 'RandomNoise').widgets[0].value = 4242 }""")
     pictures = []
@@ -568,7 +568,7 @@ def test_bypass_and_mute(page):
         pictures.append(page.pictures("SaveImage", entry))
         assert ("SafeDenoiserApply" in {node["class_type"] for node in entry["prompt"][2].values()}) == (mode == 0)
     assert any((a != b).any() for a, b in zip(*pictures))
-    page.load("tiny_digits")
+    page.load("Tiny digits")
     page.view.evaluate("app.graph.nodes.find(n => n.type === 'SafeDenoiserKSampler').mode = 2")
     page.new_seed()
     assert "SafeDenoiserKSampler" not in {node["class_type"] for node in page.run()["prompt"][2].values()}

@@ -63,14 +63,14 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(comfy, run):
-    """The tiny world through the stock loaders: model, vae, prompts, and the banks of the tiny workflow."""
+    """The tiny world as its node loads it: model, vae, prompts, and the banks of the tiny workflow."""
     def latent(batch=1, width=32, height=32):
         return {"samples": torch.zeros(batch, 16, height // 8, width // 8)}
 
-    vae = comfy.VAELoader().load_vae("tiny_digits_vae.safetensors")[0]
+    model, vae = run("LoadTinyWorld", world="digits").result
     negation_set = run("LoadNegationSet", folder="tiny_sevens", max_images=40, preview="off").result[0]
     return SimpleNamespace(
-        model=comfy.UNETLoader().load_unet("tiny_digits.safetensors", "default")[0], vae=vae, latent=latent, negation_set=negation_set,
+        model=model, vae=vae, latent=latent, negation_set=negation_set,
         straight=run("ClassCondition", class_index=10).result[0], empty=run("ClassCondition", class_index=-1).result[0],
         bank=run("BuildNegationBank", negation_set=negation_set, vae=vae, latent=latent()).result[0],
         reference=run("LoadNegationBank", bank="tiny_reference.safetensors").result[0])

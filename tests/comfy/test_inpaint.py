@@ -4,6 +4,9 @@ import pytest
 import torch
 from families import FAMILIES, build, conditioning
 
+from tiny_digits.networks import MMDiT
+from tiny_digits.world import FILES
+
 
 @pytest.fixture
 def picture(tiny):
@@ -202,15 +205,13 @@ def test_a_second_pass_at_a_larger_size(comfy, run, tiny, sample):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_banks_and_models_in_half_precision(comfy, run, tiny, sample, pack, dtype):
     import comfy.sd
-    import folder_paths
 
     wanted, _ = sample.safe()
     halves = {f"{name}_bank": type(bank)(bank.latents.to(dtype), metadata=bank.metadata)
               for name, bank in (("negation", tiny.bank), ("reference", tiny.reference))}
     safe, _ = sample.safe(banks=halves)
     assert (safe - wanted).norm() < 0.05 * wanted.norm()
-    path = folder_paths.get_full_path_or_raise("diffusion_models", "tiny_digits.safetensors")
-    model = comfy.sd.load_diffusion_model(path, model_options={"dtype": dtype})
+    model = comfy.sd.load_diffusion_model(str(FILES[MMDiT]), model_options={"dtype": dtype})
     assert model.model_dtype() == dtype
     safe, report = sample.safe(model=model, banks=halves)
     assert torch.isfinite(safe).all() and not report.summary["fallbacks"] and report.summary["corrected_calls"] == 6

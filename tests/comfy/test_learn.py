@@ -165,9 +165,9 @@ def test_saved_and_loaded_it_is_the_same(run, tiny, written, pack):
     assert torch.equal(loaded[0][1]["pooled_output"], unwanted[0][1]["pooled_output"])
 
 
-def test_it_is_refused_on_another_model_unless_asked(run, tiny, written, comfy):
+def test_it_is_refused_on_another_model_unless_asked(run, tiny, written):
     unwanted, _, path = written
-    other = comfy.UNETLoader().load_unet("tiny_digits.safetensors", "default")[0]
+    other = run("LoadTinyWorld", world="digits").result[0]
     other.model.diffusion_model.final_layer.linear.weight.data.mul_(1.01)
     with pytest.raises(ValueError, match="another model"):
         run("LoadUnwantedCondition", condition=path.name, model=other)

@@ -25,6 +25,7 @@ IDS = {
     "DescribeNegationSet": "Describe Negation Set", "GuardPrompt": "Guard Prompt", "GuardModel": "Guard Model (SLD)",
     "LearnUnwantedCondition": "Learn Unwanted Condition", "SaveUnwantedCondition": "Save Unwanted Condition",
     "LoadUnwantedCondition": "Load Unwanted Condition", "KeepOut": "Keep Out",
+    "LoadTinyWorld": "Load Tiny World",
 }
 
 
