@@ -4,8 +4,8 @@
 *round*.
 
 `python -m benchmarks.learned --photos FOLDER` in a learned world of photographs (CIFAR-10, see `tiny_photos`). Each of its
-four classes is negated in turn, under the prompt for the pair that it is of, at cfg 1, 2 and 4. The negation set is photographs that neither
-the model nor the judge has seen; the reference bank is the model's own samples.
+four classes is negated in turn, under the prompt for the pair that it is of, at cfg 1, 2 and 4. The negation set is photographs that
+neither the model nor the judge has seen; the reference bank is the model's own samples.
 
 Rows
     off                     no safe denoiser

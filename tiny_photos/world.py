@@ -51,7 +51,7 @@ FILES = {
     TAESD: ROOT / "models/vae/tiny_photos_vae.safetensors",
     Judge: ROOT / "judge/classifier.safetensors",
 }
-PAIRS = (("automobile", "truck"), ("deer", "horse"), ("airplane", "ship"))
+PAIRS = (("automobile", "truck"), ("airplane", "ship"))
 PROMPTS = {name: i for i, name in enumerate([*CLASSES, *map(" or ".join, PAIRS)])}
 GROUPS = torch.tensor([next(PROMPTS[" or ".join(pair)] for pair in PAIRS if name in pair) for name in CLASSES])
 REFERENCE = ROOT / "models/negation_banks/tiny_photos_reference.safetensors"
