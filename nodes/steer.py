@@ -305,11 +305,9 @@ class Patch:
         with self.run_of(guider, picture.of(noise)) as run:
             run.begin(guider, noise, sigmas, denoise_mask)
             run.witness.begin(guider, noise, latent_image, denoise_mask, extra_args)
-            if run.witness.apart and self.meant:
-                run.note(APART)
             began = time.monotonic()
             samples = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
-            if self.check and run.report is self.report and run.report.steps and picture.shape is None and not run.witness.apart:
+            if self.check and run.report is self.report and run.report.steps and picture.shape is None and not run.witness.apart(guider):
                 run.note(self.check.after(time.monotonic() - began, guider, extra_args.get("model_options", {}), run.held, noise.device))
             return samples
 
@@ -346,10 +344,12 @@ class Patch:
             Live(self.board, id(self)).end(report, True)
 
     def predict_noise(self, executor, x, timestep, model_options, *args, **kwargs):
-        """Steer one call; but not twice, where a guider's call leads to ComfyUI's wrappers."""
+        """Steer one call; but not twice, where a guider's call leads to ComfyUI's wrappers. At strength 0 nothing is looked at either:
+        neighbours do other sums where there are functions after guidance.
+        """
         guider = executor.class_obj
         run = self.now(guider, x, timestep)
-        if run.calling:
+        if run.calling or not self.on:
             return executor(x, timestep, model_options, *args, **kwargs)
         run.calling = True
         try:
@@ -378,6 +378,8 @@ class Patch:
             shared.setdefault("conditional", predicted(seen, "cond"))
         raw, guides = shared.setdefault("predictions", (denoised, guides))
         heard = witness.heard(guider, shared, x, guides, seen) if witness.given else {}
+        if heard and witness.apart(guider):
+            run.note(APART)
         if witness.missed:
             run.note(MISSED)
         if denoiser.method == "sld" and "unconditional" not in guides:
