@@ -291,7 +291,7 @@ class Patch:
             run.memory = remembered(run.report, latent_image, conds, float(sigmas[0]))
             midway = not run.memory and not noise.count_nonzero() and bool(latent_image.count_nonzero())
             samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-            if midway and run.report.steps and not run.rises:
+            if midway and run.memory and run.report.steps and not run.rises:  # most rules that hear nothing remember nothing either
                 run.note(MIDWAY)
             remember(run.report, samples, run.memory, conds, float(sigmas[-1]))
             return samples
