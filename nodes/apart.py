@@ -54,12 +54,14 @@ def _copied(value, known: dict | None = None):
     if id(value) in known:
         return known[id(value)][1]
     other = value
-    if isinstance(value, dict):
-        other = {}
+    if isinstance(value, (dict, list, set, deque)):
+        other = copy.copy(value)  # of the same kind: a defaultdict, a deque of so many
         known[id(value)] = value, other
-        other.update({key: _copied(one, known) for key, one in value.items()})
-    elif isinstance(value, (list, set, deque)):
-        other = type(value)(_copied(one, known) for one in value)
+        if isinstance(value, dict):
+            other.update({key: _copied(one, known) for key, one in value.items()})
+        else:
+            other.clear()
+            (other.update if isinstance(value, set) else other.extend)([_copied(one, known) for one in value])
     elif _kept_by_neighbours(value):
         with suppress(TypeError):  # a lock, a module, an open file: there is one of it
             other = copy.copy(value)

@@ -1,5 +1,6 @@
 """Neighbours as other packs' users have them, in a few lines each: what the core hears is the model's own, whatever they do beside it."""
 import threading
+from collections import defaultdict
 
 import pytest
 import torch
@@ -226,7 +227,7 @@ class Whole:
     """As AnimateDiff-Evolved's state: its parts hold it, it has a lock, it knows the step, and it is used while the network is asked."""
 
     def __init__(self):
-        self.part, self.lock, self.step, self.calls = {"whole": self}, threading.Lock(), 0, 0
+        self.part, self.lock, self.step, self.calls = defaultdict(list, whole=self), threading.Lock(), 0, 0
 
 
 def knows_the_step(model):
@@ -243,6 +244,7 @@ def knows_the_step(model):
     def inside(apply_model, args):
         whole = args["c"]["transformer_options"]["whole"].part["whole"]
         whole.calls += 1
+        whole.part["seen"].append(whole.step)
         return apply_model(args["input"], args["timestep"], **args["c"]) + 0.1 * whole.step + 0.001 * whole.calls
 
     model = model.clone()
