@@ -4,7 +4,7 @@ cache by place in the batch, on the network or in its options. What they keep is
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import comfy.patcher_extension
 import torch
@@ -38,22 +38,77 @@ def patched_by_neighbours(model, patcher, model_options: dict) -> bool:
     return any(map(_foreign, _leaves(found)))
 
 
-def _copied(value):
-    """Another of each container and of each neighbour's object, with the same numbers and tensors in it."""
-    if isinstance(value, dict):
-        return {key: _copied(one) for key, one in value.items()}
-    if isinstance(value, (list, set, deque)):
-        return type(value)(map(_copied, value))
-    if isinstance(value, (torch.Tensor, torch.nn.Module, type)) or callable(value) or not hasattr(value, "__dict__") \
-            or type(value).__module__.partition(".")[0] in KNOWN:
-        return value
-    other = copy.copy(value)
-    other.__dict__.update({key: _copied(one) for key, one in vars(value).items()})
+def _kept_by_neighbours(value) -> bool:
+    """Whether it is an object of theirs with a state of its own, nothing that ComfyUI or torch made, nor derived from such."""
+    return hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value) \
+        and not any(one.__module__.partition(".")[0] in KNOWN for one in type(value).__mro__)
+
+
+def _copied(value, known: dict | None = None):
+    """Another of each container and of each neighbour's object, with the same numbers and tensors in it. Objects may hold one another.
+
+    Args:
+        known: what was copied already, by id, and its copy.
+    """
+    known = {} if known is None else known
+    if id(value) in known:
+        return known[id(value)][1]
+    other = value
+    if isinstance(value, (dict, list, set, deque)):
+        other = copy.copy(value)  # of the same kind: a defaultdict, a deque of so many
+        known[id(value)] = value, other
+        if isinstance(value, dict):
+            other.update({key: _copied(one, known) for key, one in value.items()})
+        else:
+            other.clear()
+            (other.update if isinstance(value, set) else other.extend)([_copied(one, known) for one in value])
+    elif _kept_by_neighbours(value):
+        with suppress(TypeError):  # a lock, a module, an open file: there is one of it
+            other = copy.copy(value)
+            known[id(value)] = value, other
+            other.__dict__.update({key: _copied(one, known) for key, one in vars(value).items()})
     return other
 
 
+def _marks(value, known: set | None = None) -> Iterator:
+    """What tells a state from another: numbers and words, and which objects beside them."""
+    known = set() if known is None else known
+    if isinstance(value, (dict, list, set, deque)) or _kept_by_neighbours(value):
+        if id(value) not in known:
+            known.add(id(value))
+            parts = value if isinstance(value, (list, set, deque)) else [*(value if isinstance(value, dict) else vars(value)).items()]
+            for one in parts:
+                yield from _marks(one, known)
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from _marks(one, known)
+    else:
+        yield value if isinstance(value, (int, float, str)) else id(value)
+
+
+def _followed(kept, left, now, known: set | None = None):
+    """`kept` with what has changed from `left` to `now`."""
+    known = set() if known is None else known
+    parts = [one if isinstance(one, dict) else vars(one) if _kept_by_neighbours(one) else None for one in (kept, left, now)]
+    if None in parts or type(kept) is not type(now):
+        return kept if [*_marks(left)] == [*_marks(now)] else _copied(now)
+    if id(now) in known:
+        return kept
+    known.add(id(now))
+    mine, before, after = parts
+    for name in before.keys() - after.keys():
+        mine.pop(name, None)
+    for name, one in after.items():
+        if name not in before:
+            mine[name] = _copied(one)
+        elif name in mine:
+            mine[name] = _followed(mine[name], before[name], one, known)
+    return kept
+
+
 class Apart:
-    """What neighbours keep for one condition of one run, on the network and in its options; as it was when the run began.
+    """What neighbours keep for one condition of one run, on the network and in its options; as it was when the run began, and followed in
+    what they change between calls, such as the step they are at.
 
     Args:
         model: whose network is asked.
@@ -62,32 +117,42 @@ class Apart:
 
     def __init__(self, model, model_options: dict):
         self.network = getattr(model, "diffusion_model", None)
-        self.kept = _copied(self._state())
-        self.options = {name: _copied(one) for name, one in model_options.get("transformer_options", {}).items()
-                        if name not in OPTIONS and (isinstance(one, (dict, list, set)) or hasattr(one, "__dict__")) and not callable(one)}
+        self.kept = _copied(self._state(model_options))
+        self.left = _copied(self.kept)  # as the guider's own call left it
 
-    def _state(self) -> dict:
-        held = getattr(self.network, "__dict__", {})
-        return {name: one for name, one in held.items() if name not in PLAIN and not callable(one)}
+    def _state(self, model_options: dict) -> dict:
+        held, options = getattr(self.network, "__dict__", {}), model_options.get("transformer_options", {})
+        return {"network": {name: one for name, one in held.items() if name not in PLAIN and not callable(one)},
+                "options": {name: one for name, one in options.items() if name not in OPTIONS and not callable(one)
+                            and (isinstance(one, (dict, list, set)) or hasattr(one, "__dict__"))}}
 
     @contextmanager
-    def _installed(self):
-        theirs = self._state()
-        self._put(self.kept)
+    def guiders(self, model_options: dict):
+        """Around a call of the guider's."""
+        self.kept = _followed(self.kept, self.left, self._state(model_options))
         try:
             yield
         finally:
-            self.kept = self._state()
+            self.left = _copied(self._state(model_options))
+
+    @contextmanager
+    def _installed(self):
+        theirs = self._state({})["network"]
+        self._put(self.kept["network"])
+        try:
+            yield
+        finally:
+            self.kept["network"] = self._state({})["network"]
             self._put(theirs)
 
     def _put(self, state: dict) -> None:
-        for name in self._state():
+        for name in self._state({})["network"]:
             del self.network.__dict__[name]
         if self.network is not None:
             self.network.__dict__.update(state)
 
-    def ask(self, evaluate: Callable, conds: list[dict], model_options: dict, more: dict) -> torch.Tensor:
-        """The prediction under a condition: `evaluate(conds, model_options)` of it alone, with `more` options of the network."""
+    def ask(self, evaluate: Callable, conds: list[dict], model_options: dict) -> torch.Tensor:
+        """The prediction under a condition: `evaluate(conds, model_options)` of it alone."""
         options = comfy.patcher_extension.copy_nested_dicts(model_options.get("transformer_options", {}))
         with self._installed():
-            return evaluate([conds], {**model_options, "transformer_options": {**options, **self.options, **more}})[0]
+            return evaluate([conds], {**model_options, "transformer_options": {**options, **self.kept["options"]}})[0]

@@ -1,5 +1,6 @@
 """Conditions that are evaluated beside the guider's own: prepared like them, in one batch with them, and seen by nobody else."""
 import math
+from contextlib import ExitStack
 
 import comfy.hooks
 import comfy.patcher_extension
@@ -10,7 +11,7 @@ from comfy.context_windows import ContextHandlerABC
 
 from .apart import Apart, patched_by_neighbours
 
-KEY, HANDLER = "safe_denoiser_conditions", "context_handler"
+KEY, HANDLER, FUNCTION = "safe_denoiser_conditions", "context_handler", "model_function_wrapper"
 SHOWN = ("concat_latent_image", "concat_mask", "reference_latents", "clip_vision_output", "vace_frames", "vace_mask", "vace_strength")
 
 
@@ -96,7 +97,11 @@ class Conditions:
                 for cond in own:
                     comfy.samplers.create_cond_with_same_area_if_none(conds, cond)
             self.processed[key] = self._controlled(conds, positive)
-        if patched_by_neighbours(model, guider.model_patcher, model_options):
+        self.look(model, guider, model_options)
+
+    def look(self, model, guider, model_options: dict) -> None:
+        """Whether neighbours patch the network: in the options of the run, or of one call, as guidance of theirs makes them."""
+        if not self.apart and patched_by_neighbours(model, guider.model_patcher, model_options):
             self.apart = {key: Apart(model, model_options) for key in self.given}
 
     @staticmethod
@@ -109,6 +114,11 @@ class Conditions:
         return conds
 
 
+def _with_options(model_options: dict, more: dict) -> dict:
+    """model_options with more options of the network."""
+    return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), **more}}
+
+
 class Beside(ContextHandlerABC):
     """Adds conditions to the first batch that a guider asks for in one model call, and takes their predictions off the answer.
 
@@ -116,13 +126,15 @@ class Beside(ContextHandlerABC):
     doing so, with more conditions, so that their predictions are merged over its windows as the others are.
     """
 
-    def __init__(self, handler, guider):
-        self.handler, self.guider, self.asked, self.called = handler, guider, {}, False
+    def __init__(self, model_options: dict, guider):
+        self.handler, self.guider, self.asked, self.called = model_options.get(HANDLER), guider, {}, False
+        # of the run: guidance of neighbours puts in one for a call, that takes the answer to the guider's own batch to pieces
+        self.function = {name: one for name, one in model_options.items() if name == FUNCTION}
         self.found: dict[int, torch.Tensor] = {}  # by the key of a condition
         self.own: list[tuple[list[dict], torch.Tensor]] = []  # the guider's
 
     def should_use_context(self, model, conds, x_in, timestep, model_options):
-        return not self.called or self._windowed(model, conds, x_in, timestep, model_options)
+        return not self.called or Witness.apart(self.guider) or self._windowed(model, conds, x_in, timestep, model_options)
 
     def _windowed(self, *args) -> bool:
         return self.handler is not None and self.handler.should_use_context(*args)
@@ -131,32 +143,31 @@ class Beside(ContextHandlerABC):
         return self.handler.get_resized_cond(*args, **kwargs)
 
     def execute(self, calc_cond_batch, model, conds, x_in, timestep, model_options):
-        if self.called:  # of a neighbour that asks once more
-            return self.handler.execute(calc_cond_batch, model, conds, x_in, timestep, model_options)
-        self.called, conditions = True, self.guider.model_options[KEY]
-        prompt = self.guider.conds.get("positive") or conditions.prompt
-        place = next((i for i, own in enumerate(conds) if own is not None and own is prompt), 0)
-        if conditions.apart:
-            def evaluate(conds, options):
-                if self._windowed(model, conds, x_in, timestep, options):
-                    return self.handler.execute(calc_cond_batch, model, conds, x_in, timestep, options)
-                return calc_cond_batch(model, conds, x_in, timestep, options)
+        def evaluate(conds, options):
+            if self._windowed(model, conds, x_in, timestep, options):
+                return self.handler.execute(calc_cond_batch, model, conds, x_in, timestep, options)
+            return calc_cond_batch(model, conds, x_in, timestep, options)
 
-            out = evaluate(conds, model_options)
-            self.own = [(own, prediction.clone()) for own, prediction in zip(conds, out) if own is not None]
-            more = {KEY: {0: place}}
-            self.found = {key: conditions.apart[key].ask(evaluate, asked, model_options, more) for key, asked in self.asked.items()}
-            return out
-        more = [*conds, *self.asked.values()]
-        seen_as = {len(conds) + i: place for i in range(len(self.asked))}
-        options = {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), KEY: seen_as}}
-        if self._windowed(model, more, x_in, timestep, options):
-            out = self.handler.execute(calc_cond_batch, model, more, x_in, timestep, options)
-        else:
-            out = calc_cond_batch(model, more, x_in, timestep, options)
-        self.found = dict(zip(self.asked, out[len(conds):]))
+        conditions = self.guider.model_options[KEY]
+        conditions.look(model, self.guider, model_options)
+        with ExitStack() as stack:
+            for one in conditions.apart.values():
+                stack.enter_context(one.guiders(model_options))
+            if self.called:  # of a neighbour that asks once more
+                return evaluate(conds, model_options)
+            self.called, more = True, {} if conditions.apart else self.asked
+            prompt = self.guider.conds.get("positive") or conditions.prompt
+            place = next((i for i, own in enumerate(conds) if own is not None and own is prompt), 0)
+            seen_as = {len(conds) + i: place for i in range(len(more))}
+            out = evaluate([*conds, *more.values()], _with_options(model_options, {KEY: seen_as}) if more else model_options)
         self.own = [(own, prediction.clone()) for own, prediction in zip(conds, out) if own is not None]
-        return out[:len(conds)]
+        if not conditions.apart:
+            self.found = dict(zip(self.asked, out[len(conds):]))
+            return out[:len(conds)]
+        model_options = {name: one for name, one in model_options.items() if name != FUNCTION} | self.function
+        self.found = {key: conditions.apart[key].ask(evaluate, asked, _with_options(model_options, {KEY: {0: place}}))
+                      for key, asked in self.asked.items()}
+        return out  # the very object, in which guidance of theirs may keep more
 
     def of(self, *roles) -> torch.Tensor | None:
         """The prediction under the first of these that the guider asked for."""
@@ -212,14 +223,18 @@ class Witness:
     """The conditions of one run, `unwanted` and `neutral`: asked in each model call, and what the model predicted under them."""
 
     def __init__(self, given: dict[str, list]):
-        self.given, self.missed, self.apart = given, False, False
+        self.given, self.missed = given, False
         self.offsets: dict[str, torch.Tensor] = {}
 
     def begin(self, guider, noise, latent_image, denoise_mask, extra_args: dict) -> None:
         conditions = guider.model_options.get(KEY)
         if conditions is not None:
             conditions.process(guider, noise, latent_image, denoise_mask, extra_args.get("seed"), extra_args.get("model_options", {}))
-            self.apart = bool(conditions.apart)
+
+    @staticmethod
+    def apart(guider) -> bool:
+        """Whether they are asked in calls of their own."""
+        return KEY in guider.model_options and bool(guider.model_options[KEY].apart)
 
     def on(self, guider, timestep: torch.Tensor) -> dict[int, list[dict]]:
         """By key, those of its conditions that say something at this noise level."""
@@ -235,10 +250,12 @@ class Witness:
         """
         asked, known = self.on(guider, timestep), KEY in guider.model_options
         self.missed = is_open and (not known or id(self.given["unwanted"]) in asked)  # until it was heard
-        if not asked or not (is_open or "easycache" in model_options.get("transformer_options", {})):
+        if not (is_open or "easycache" in model_options.get("transformer_options", {})):
+            asked = {}
+        if not asked and not self.apart(guider):  # what neighbours keep is followed from call to call
             return model_options
         if "beside" not in shared:
-            shared["beside"] = Beside(model_options.get(HANDLER), guider)
+            shared["beside"] = Beside(model_options, guider)
             model_options = {**model_options, HANDLER: shared["beside"]}
         shared["beside"].asked |= asked
         return model_options

@@ -45,7 +45,9 @@ def watch(model_options: dict, guider) -> tuple[dict, list, dict]:
     late, seen = [fn for fn in functions if fn not in own], {}
 
     def before(args):
-        seen["held"] = [(conds, prediction.clone()) for conds, prediction in zip(args["conds"], args["conds_out"])]
+        size = len(args["input"])  # a neighbour hands over the rows of each part of a prompt: what it says is what they say on average
+        seen["held"] = [(conds, prediction.unflatten(0, (-1, size)).mean(0) if len(prediction) > size else prediction.clone())
+                        for conds, prediction in zip(args["conds"], args["conds_out"])]
         return args["conds_out"]
 
     def hold(args, named=""):  # of guiders that know no functions before guidance

@@ -291,7 +291,7 @@ class Patch:
             run.memory = remembered(run.report, latent_image, conds, float(sigmas[0]))
             midway = not run.memory and not noise.count_nonzero() and bool(latent_image.count_nonzero())
             samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-            if midway and run.report.steps and not run.rises:
+            if midway and run.memory and run.report.steps and not run.rises:  # most rules that hear nothing remember nothing either
                 run.note(MIDWAY)
             remember(run.report, samples, run.memory, conds, float(sigmas[-1]))
             return samples
@@ -305,13 +305,11 @@ class Patch:
         with self.run_of(guider, picture.of(noise)) as run:
             run.begin(guider, noise, sigmas, denoise_mask)
             run.witness.begin(guider, noise, latent_image, denoise_mask, extra_args)
-            if run.witness.apart and self.meant:
-                run.note(APART)
             began = time.monotonic()
             samples = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
             if self.check and run.report is self.report and run.report.steps and picture.shape is None:
                 run.note(self.check.after(time.monotonic() - began, guider, extra_args.get("model_options", {}), run.held, noise.device,
-                                          run.witness.apart))
+                                          run.witness.apart(guider)))
             return samples
 
     def now(self, guider, x: torch.Tensor, timestep: torch.Tensor) -> Run:
@@ -347,10 +345,12 @@ class Patch:
             Live(self.board, id(self)).end(report, True)
 
     def predict_noise(self, executor, x, timestep, model_options, *args, **kwargs):
-        """Steer one call; but not twice, where a guider's call leads to ComfyUI's wrappers."""
+        """Steer one call; but not twice, where a guider's call leads to ComfyUI's wrappers. At strength 0 nothing is looked at either:
+        neighbours do other sums where there are functions after guidance.
+        """
         guider = executor.class_obj
         run = self.now(guider, x, timestep)
-        if run.calling:
+        if run.calling or not self.on:
             return executor(x, timestep, model_options, *args, **kwargs)
         run.calling = True
         try:
@@ -379,6 +379,8 @@ class Patch:
             shared.setdefault("conditional", predicted(seen, "cond"))
         raw, guides = shared.setdefault("predictions", (denoised, guides))
         heard = witness.heard(guider, shared, x, guides, seen) if witness.given else {}
+        if heard and witness.apart(guider):
+            run.note(APART)
         if witness.missed:
             run.note(MISSED)
         if denoiser.method == "sld" and "unconditional" not in guides:

@@ -107,7 +107,7 @@ class Report:
         if not s["model_calls"]:
             return UNSTEERED if UNSTEERED in self.notes else (
                 "no model call was recorded: strength is 0, or the sampler has not run yet, or its result was kept from before "
-                "(connect its LATENT to this report)")
+                "(connect its LATENT to this report), or it leaves out what nodes add to a MODEL, as some tiled samplers do")
         if s["fallbacks"]:
             return f"the model gave NaN or infinity {s['fallbacks']} times; those predictions were left as they were"
         if not s["corrected_calls"]:

@@ -1,4 +1,7 @@
 """Neighbours as other packs' users have them, in a few lines each: what the core hears is the model's own, whatever they do beside it."""
+import threading
+from collections import defaultdict
+
 import pytest
 import torch
 from test_conditions import agrees, conditions, counted, heard, models  # noqa: F401 fixtures
@@ -216,3 +219,86 @@ def test_a_window_that_closes_while_a_neighbour_caches(neighbour, applied, heard
     patched, rows = counted(patched)
     result = sample(guided("CFGGuider", patched, prompts), shape, steps=8)[1]
     assert 0 < report.summary["corrected_calls"] < 8 and torch.isfinite(result).all() and len(rows) >= 4
+
+
+# --- what neighbours change between calls, and for one call ----------------------------------------------------------
+
+class Whole:
+    """As AnimateDiff-Evolved's state: its parts hold it, it has a lock, it knows the step, and it is used while the network is asked."""
+
+    def __init__(self):
+        self.part, self.lock, self.step, self.calls = defaultdict(list, whole=self), threading.Lock(), 0, 0
+
+
+def knows_the_step(model):
+    import comfy.patcher_extension
+
+    def begin(executor, *args, **kwargs):
+        executor.class_obj.model_options["transformer_options"]["whole"] = Whole()
+        return executor(*args, **kwargs)
+
+    def between(executor, x, timestep, model_options, *args, **kwargs):
+        model_options["transformer_options"]["whole"].step += 1
+        return executor(x, timestep, model_options, *args, **kwargs)
+
+    def inside(apply_model, args):
+        whole = args["c"]["transformer_options"]["whole"].part["whole"]
+        whole.calls += 1
+        whole.part["seen"].append(whole.step)
+        return apply_model(args["input"], args["timestep"], **args["c"]) + 0.1 * whole.step + 0.001 * whole.calls
+
+    model = model.clone()
+    model.add_wrapper(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, begin)
+    model.add_wrapper(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, between)
+    model.set_model_unet_function_wrapper(inside)
+    return model
+
+
+def own_batch(model):
+    """A guider whose guidance is as that of smZNodes' AND: a function of one call takes its batch's answer to pieces, functions before
+    guidance see a row for each part of the prompt, and where functions follow guidance it rounds otherwise.
+    """
+    from comfy.samplers import CFGGuider, calc_cond_batch, cfg_function
+
+    class OwnBatch(CFGGuider):
+        def predict_noise(self, x, timestep, model_options, seed=None):
+            def take(apply_model, args):
+                assert set(args["cond_or_uncond"]) == {0, 1}, args["cond_or_uncond"]
+                return apply_model(args["input"], args["timestep"], **args["c"])
+
+            conds = self.conds["positive"], self.conds["negative"]
+            c, u = calc_cond_batch(self.inner_model, conds, x, timestep, {**model_options, "model_function_wrapper": take})
+            for function in model_options.get("sampler_pre_cfg_function", []):
+                function({"conds": conds, "conds_out": [torch.cat([c - 1, c + 1]), u], "cond_scale": self.cfg, "timestep": timestep,
+                          "input": x, "sigma": timestep, "model": self.inner_model, "model_options": model_options})
+            rounded = 1e-3 if model_options.get("sampler_post_cfg_function") else 0.0
+            return cfg_function(self.inner_model, c, u, self.cfg, x, timestep, model_options, *conds) + rounded
+
+    return OwnBatch(model)
+
+
+def named(kind, model, prompts):
+    if kind != "own batch":
+        return guided("CFGGuider", model, prompts)
+    guider = own_batch(model)
+    guider.set_conds(*prompts[:2])
+    guider.set_cfg(3.0)
+    return guider
+
+
+@pytest.mark.parametrize("by", BANKS)
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("kind", ["whole", "own batch"])
+def test_what_neighbours_change_between_calls_and_for_one(kind, after, by, applied, models, conditions, heard):  # noqa: F811
+    """Our condition as the prompt itself: what the model predicts under it is what it predicts under the prompt, in every call."""
+    neighbour = knows_the_step if kind == "whole" else lambda model: model.clone()
+    off, _, shape, prompts = applied(by, neighbour, after, strength=0.0)
+    stock = sample(named(kind, neighbour(models["SD 3"]), prompts), shape)[1]
+    assert torch.equal(sample(named(kind, off, prompts), shape)[1], stock)
+    patched, report, *_ = applied(by, neighbour, after)
+    result = sample(named(kind, patched, (conditions("SD 3")[0], *prompts[1:])), shape)[1]
+    assert report.summary["corrected_calls"] == len(heard) == 4 and torch.isfinite(result).all()
+    assert [note.startswith("another pack patches the network") for note in report.notes] == [True] * (by != "bank")
+    assert all(call.guides["conditional"].shape == call.x.shape for call in heard)
+    for call in heard if by != "bank" else ():
+        torch.testing.assert_close(call.guides["unwanted"], call.guides["conditional"], rtol=1e-5, atol=1e-4)

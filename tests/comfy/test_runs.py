@@ -153,6 +153,12 @@ def test_one_run_and_the_same_in_parts(way, parts, advanced, apply):
     torch.testing.assert_close(latent["samples"], whole, rtol=1e-3, atol=1e-3)
 
 
+def test_a_part_of_a_rule_that_remembers_nothing_has_nothing_to_say(advanced, run, tiny):
+    patched, report = run("Apply", model=tiny.model, negation_bank=tiny.bank).result
+    advanced(patched, advanced(patched, EMPTY, 0, 3), 3, 6)
+    assert report.summary["corrected_calls"] == 3 and not report.notes
+
+
 def test_a_part_whose_beginning_is_not_known_says_so(advanced, apply, prompts, run):
     """Because it was sampled without this node, under another prompt, or longer ago than what is remembered."""
     from pack.nodes.runs import RESUMABLE
