@@ -298,7 +298,7 @@ def test_what_neighbours_change_between_calls_and_for_one(kind, after, by, appli
     patched, report, *_ = applied(by, neighbour, after)
     result = sample(named(kind, patched, (conditions("SD 3")[0], *prompts[1:])), shape)[1]
     assert report.summary["corrected_calls"] == len(heard) == 4 and torch.isfinite(result).all()
-    assert [note.startswith("another pack patches the network") for note in report.notes] == [True] * (by != "bank")
+    assert sum(note.startswith("another pack patches the network") for note in report.notes) == (by != "bank")
     assert all(call.guides["conditional"].shape == call.x.shape for call in heard)
     for call in heard if by != "bank" else ():
         torch.testing.assert_close(call.guides["unwanted"], call.guides["conditional"], rtol=1e-5, atol=1e-4)
