@@ -60,8 +60,8 @@ def test_sd15_through_the_shipped_workflow(comfy, tmp_path, matrix):
             Image.effect_noise((300, 260), 60 + i).convert("RGB").save(pictures / f"{i}.png")
         info, results = server.get("/object_info"), {}
         for name, strength in (("off", 0), ("on", 1), ("constant", 0)):
-            prompt = to_prompt(load("8 Words for a folder"), info, ckpt_name=checkpoint.name, width=256, height=256, steps=2, count=2, seed=1,
-                               strength=strength)
+            prompt = to_prompt(load("8 Words for a folder"), info, ckpt_name=checkpoint.name, width=256, height=256, steps=2, count=2,
+                               seed=1, strength=strength)
             next(node for node in prompt.values() if node["class_type"] == "SafeDenoiserKSampler")["inputs"].pop("unwanted")
             if name == "constant":
                 push(prompt, info)
