@@ -75,9 +75,9 @@ def test_the_combo_lists_every_folder_with_pictures(pack, sets):
     paint(sets / "people/alice", "a.png")
     (sets / "no_pictures").mkdir()
     options = pack["SafeDenoiserLoadNegationSet"].GET_SCHEMA().inputs[0].options
-    assert options == ["choose a set", "no_pictures", "people/alice", "tiny_ones_and_fours", "tiny_sevens"]
+    assert options == ["choose a set", "no_pictures", "people/alice", "tiny_ones_and_fours", "tiny_sevens", "tiny_trucks"]
     banks = pack["SafeDenoiserLoadNegationBank"].GET_SCHEMA().inputs[0].options
-    assert banks == ["tiny_reference.safetensors"]
+    assert banks == ["tiny_photos_reference.safetensors", "tiny_reference.safetensors"]
 
 
 def test_zip_files_and_saved_banks_are_sets(pack, run, tiny, sets, comfy):
@@ -90,7 +90,8 @@ def test_zip_files_and_saved_banks_are_sets(pack, run, tiny, sets, comfy):
     banks = Path(folder_paths.get_output_directory()) / "negation_banks"
     run("SaveNegationBank", negation_bank=tiny.bank, filename_prefix="sevens")
     options = pack["SafeDenoiserLoadNegationSet"].GET_SCHEMA().inputs[0].options
-    assert options == ["choose a set", "packed.zip", "people", "sevens_00001_.safetensors", "tiny_ones_and_fours", "tiny_sevens"]
+    assert options == ["choose a set", "packed.zip", "people", "sevens_00001_.safetensors", "tiny_ones_and_fours", "tiny_sevens",
+                       "tiny_trucks"]
 
     def load(name, **choices):
         assert pack["SafeDenoiserLoadNegationSet"].validate_inputs(folder=name) is True
