@@ -368,7 +368,7 @@ def test_describing_names_what_is_not_connected(run, tiny):
         with pytest.raises(ValueError, match=r"connect clip \(from Load OpenCLIP\) and negation_set, or model, text_encoder"):
             run("DescribeNegationSet", **alone)
     one = replace(tiny.bank, latents=tiny.bank.latents[:1], names=())
-    with pytest.raises(ValueError, match="1 pictures and .* others are too few to describe what tells them apart; connect more"):
+    with pytest.raises(ValueError, match=r"the set has 1, the others are .*connect banks of two or more"):
         run("DescribeNegationSet", phrases="one\nseven", **given | dict(negation_bank=one))
 
 
