@@ -3,7 +3,7 @@ cache by place in the batch, on the network or in its options. What they keep is
 """
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 import comfy.patcher_extension
@@ -44,6 +44,11 @@ def _kept_by_neighbours(value) -> bool:
         and not any(one.__module__.partition(".")[0] in KNOWN for one in type(value).__mro__)
 
 
+def _parts(value) -> dict | None:
+    """Of a dictionary or a neighbour's object, by name."""
+    return value if isinstance(value, dict) else vars(value) if _kept_by_neighbours(value) else None
+
+
 def _copied(value, known: dict | None = None):
     """Another of each container and of each neighbour's object, with the same numbers and tensors in it. Objects may hold one another.
 
@@ -73,23 +78,21 @@ def _copied(value, known: dict | None = None):
 def _marks(value, known: set | None = None) -> Iterator:
     """What tells a state from another: numbers and words, and which objects beside them."""
     known = set() if known is None else known
-    if isinstance(value, (dict, list, set, deque)) or _kept_by_neighbours(value):
-        if id(value) not in known:
-            known.add(id(value))
-            parts = value if isinstance(value, (list, set, deque)) else [*(value if isinstance(value, dict) else vars(value)).items()]
-            for one in parts:
-                yield from _marks(one, known)
-    elif isinstance(value, tuple):
-        for one in value:
-            yield from _marks(one, known)
-    else:
+    named = _parts(value)
+    parts = value if isinstance(value, (list, set, deque, tuple)) else None if named is None else [*named.items()]
+    if parts is None:
         yield value if isinstance(value, (int, float, str)) else id(value)
+    elif id(value) not in known:
+        if not isinstance(value, tuple):  # the pairs of a dictionary are made anew each time
+            known.add(id(value))
+        for one in parts:
+            yield from _marks(one, known)
 
 
 def _followed(kept, left, now, known: set | None = None):
     """`kept` with what has changed from `left` to `now`."""
     known = set() if known is None else known
-    parts = [one if isinstance(one, dict) else vars(one) if _kept_by_neighbours(one) else None for one in (kept, left, now)]
+    parts = [_parts(one) for one in (kept, left, now)]
     if None in parts or type(kept) is not type(now):
         return kept if [*_marks(left)] == [*_marks(now)] else _copied(now)
     if id(now) in known:
@@ -107,52 +110,56 @@ def _followed(kept, left, now, known: set | None = None):
 
 
 class Apart:
-    """What neighbours keep for one condition of one run, on the network and in its options; as it was when the run began, and followed in
+    """What neighbours keep for each condition of one run, on the network and in its options; as it was when the run began, and followed in
     what they change between calls, such as the step they are at.
 
     Args:
         model: whose network is asked.
         model_options: of the run.
+        keys: of the conditions.
     """
 
-    def __init__(self, model, model_options: dict):
+    def __init__(self, model, model_options: dict, keys: Iterable[int]):
         self.network = getattr(model, "diffusion_model", None)
-        self.kept = _copied(self._state(model_options))
-        self.left = _copied(self.kept)  # as the guider's own call left it
+        self.left = _copied(self._state(model_options))  # as the guider's own call left it
+        self.kept = {key: _copied(self.left) for key in keys}
+
+    def _on_network(self) -> dict:
+        return {name: one for name, one in getattr(self.network, "__dict__", {}).items() if name not in PLAIN and not callable(one)}
 
     def _state(self, model_options: dict) -> dict:
-        held, options = getattr(self.network, "__dict__", {}), model_options.get("transformer_options", {})
-        return {"network": {name: one for name, one in held.items() if name not in PLAIN and not callable(one)},
-                "options": {name: one for name, one in options.items() if name not in OPTIONS and not callable(one)
-                            and (isinstance(one, (dict, list, set)) or hasattr(one, "__dict__"))}}
+        options = {name: one for name, one in model_options.get("transformer_options", {}).items() if name not in OPTIONS
+                   and not callable(one) and (isinstance(one, (dict, list, set)) or hasattr(one, "__dict__"))}
+        return {"network": self._on_network(), "options": options}
 
     @contextmanager
     def guiders(self, model_options: dict):
         """Around a call of the guider's."""
-        self.kept = _followed(self.kept, self.left, self._state(model_options))
+        now = self._state(model_options)
+        self.kept = {key: _followed(kept, self.left, now) for key, kept in self.kept.items()}
         try:
             yield
         finally:
             self.left = _copied(self._state(model_options))
 
     @contextmanager
-    def _installed(self):
-        theirs = self._state({})["network"]
-        self._put(self.kept["network"])
+    def _installed(self, kept: dict):
+        theirs = self._on_network()
+        self._put(kept["network"])
         try:
             yield
         finally:
-            self.kept["network"] = self._state({})["network"]
+            kept["network"] = self._on_network()
             self._put(theirs)
 
     def _put(self, state: dict) -> None:
-        for name in self._state({})["network"]:
+        for name in self._on_network():
             del self.network.__dict__[name]
         if self.network is not None:
             self.network.__dict__.update(state)
 
-    def ask(self, evaluate: Callable, conds: list[dict], model_options: dict) -> torch.Tensor:
-        """The prediction under a condition: `evaluate(conds, model_options)` of it alone."""
-        options = comfy.patcher_extension.copy_nested_dicts(model_options.get("transformer_options", {}))
-        with self._installed():
-            return evaluate([conds], {**model_options, "transformer_options": {**options, **self.kept["options"]}})[0]
+    def ask(self, key: int, evaluate: Callable, conds: list[dict], model_options: dict) -> torch.Tensor:
+        """The prediction under the condition of a key: `evaluate(conds, model_options)` of it alone."""
+        options, kept = comfy.patcher_extension.copy_nested_dicts(model_options.get("transformer_options", {})), self.kept[key]
+        with self._installed(kept):
+            return evaluate([conds], {**model_options, "transformer_options": {**options, **kept["options"]}})[0]

@@ -8,7 +8,7 @@ import comfy.model_management
 import torch
 
 from ..safe_denoiser.gain import Check, Gain, Probe, together
-from .conditions import KEY
+from .conditions import KEY, Witness
 from .fingerprint import fingerprint, fingerprint_weights
 from .model_calls import Asked
 
@@ -60,15 +60,13 @@ class ConditionCheck:
             _found.popitem(last=False)
         return found
 
-    def after(self, seconds: float, guider, model_options: dict, held: dict, device: torch.device,
-              apart: bool = False) -> str:
+    def after(self, seconds: float, guider, model_options: dict, held: dict, device: torch.device) -> str:
         """Go on with the check after a run that took so long, and say what is known; the run's pictures are done and stay as they are.
 
         Args:
             held: banks in the run's form, by name.
-            apart: conditions are asked in calls of their own, because nodes of other packs patch the network.
         """
-        if apart:
+        if Witness.apart(guider):
             return UNCHECKED + "another pack's node patches the network itself"
         if few := [name for name in self.names if len(held[name].bank) < ENOUGH]:
             return f"{UNCHECKED}{ENOUGH} pictures are needed, and the {few[0]} has {len(held[few[0]].bank)}"

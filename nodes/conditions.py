@@ -1,6 +1,6 @@
 """Conditions that are evaluated beside the guider's own: prepared like them, in one batch with them, and seen by nobody else."""
 import math
-from contextlib import ExitStack
+from contextlib import nullcontext
 
 import comfy.hooks
 import comfy.patcher_extension
@@ -52,7 +52,7 @@ class Conditions:
     def __init__(self):
         self.given: dict[int, list[dict]] = {}
         self.processed: dict[int, list[dict]] = {}
-        self.apart: dict[int, Apart] = {}  # where neighbours patch the network
+        self.apart: Apart | None = None  # where neighbours patch the network
         self.prompt: list[dict] | None = None  # of the guider's own conditions, the one that guidance takes for the prompt
 
     def add(self, guider, conditionings: list, hook_mode) -> None:
@@ -102,7 +102,7 @@ class Conditions:
     def look(self, model, guider, model_options: dict) -> None:
         """Whether neighbours patch the network: in the options of the run, or of one call, as guidance of theirs makes them."""
         if not self.apart and patched_by_neighbours(model, guider.model_patcher, model_options):
-            self.apart = {key: Apart(model, model_options) for key in self.given}
+            self.apart = Apart(model, model_options, self.given)
 
     @staticmethod
     def _controlled(conds: list[dict], positive: list[dict]) -> list[dict]:
@@ -150,9 +150,7 @@ class Beside(ContextHandlerABC):
 
         conditions = self.guider.model_options[KEY]
         conditions.look(model, self.guider, model_options)
-        with ExitStack() as stack:
-            for one in conditions.apart.values():
-                stack.enter_context(one.guiders(model_options))
+        with conditions.apart.guiders(model_options) if conditions.apart else nullcontext():
             if self.called:  # of a neighbour that asks once more
                 return evaluate(conds, model_options)
             self.called, more = True, {} if conditions.apart else self.asked
@@ -165,7 +163,7 @@ class Beside(ContextHandlerABC):
             self.found = dict(zip(self.asked, out[len(conds):]))
             return out[:len(conds)]
         model_options = {name: one for name, one in model_options.items() if name != FUNCTION} | self.function
-        self.found = {key: conditions.apart[key].ask(evaluate, asked, _with_options(model_options, {KEY: {0: place}}))
+        self.found = {key: conditions.apart.ask(key, evaluate, asked, _with_options(model_options, {KEY: {0: place}}))
                       for key, asked in self.asked.items()}
         return out  # the very object, in which guidance of theirs may keep more
 

@@ -14,6 +14,11 @@ from ..safe_denoiser.sentence import during
 SECONDS, BAR = 0.5, 0.05  # between two messages, of which each reads numbers from the device; and between two moves of a bar
 
 
+def server():
+    """ComfyUI's server; None: there is none, as in tests and scripts."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
 def progress() -> Callable[[int, int], None]:
     """`progress(done, total)` for the core: moves the node's bar, and raises where the user interrupts."""
     bar, spoke = comfy.utils.ProgressBar(0), 0.0
@@ -50,7 +55,7 @@ class Live:
     def __init__(self, board: Board | None = None, author=None):
         self.next, self.context = time.monotonic() + SECONDS, get_executing_context()
         self.board, self.author = board, author
-        self.server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+        self.server = server()
 
     def send(self, text: str) -> None:
         if self.board:

@@ -7,7 +7,6 @@ import asyncio
 import base64
 import errno
 import io
-import sys
 from pathlib import Path
 
 from aiohttp import web
@@ -16,6 +15,7 @@ from ..safe_denoiser import sheets
 from ..safe_denoiser.incoming import keep, require_picture, require_zip, safe_name
 from ..safe_denoiser.pictures import LARGEST
 from . import folders
+from .live import server
 from .negation_set import describe
 
 TILES, TILE = 16, 128
@@ -111,20 +111,20 @@ async def _body(request: web.Request) -> bytes:
 
 def register() -> None:
     """Answer the page, where there is a server."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if server is None:
+    there = server()
+    if there is None:
         return
 
-    @server.routes.get("/safe_denoiser/set")
+    @there.routes.get("/safe_denoiser/set")
     async def _shown(request):
         most = request.query.get("max", "0")
         return await _answered(shown, request.query.get("name", ""), int(most) if most.isdecimal() and len(most) < 7 else 0)
 
-    @server.routes.post("/safe_denoiser/set")
+    @there.routes.post("/safe_denoiser/set")
     async def _make(request):
         await _body(request)
         return await _answered(make, request.query.get("name", ""))
 
-    @server.routes.post("/safe_denoiser/picture")
+    @there.routes.post("/safe_denoiser/picture")
     async def _add(request):
         return await _answered(add, request.query.get("set", ""), request.query.get("name", ""), await _body(request))

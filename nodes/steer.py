@@ -166,7 +166,7 @@ class Run:
         if shape not in self.denoisers:
             self.denoisers[shape] = self._denoiser(guider, self._hold((len(x), *shape)), (len(x), *shape))
         denoiser = self.denoisers[shape]
-        if len(x) != self.rows and denoiser.strength:
+        if len(x) != self.rows:
             denoiser.forget()  # the rows before need not be these
             self.note(ROWS)
         return denoiser
@@ -308,8 +308,7 @@ class Patch:
             began = time.monotonic()
             samples = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
             if self.check and run.report is self.report and run.report.steps and picture.shape is None:
-                run.note(self.check.after(time.monotonic() - began, guider, extra_args.get("model_options", {}), run.held, noise.device,
-                                          run.witness.apart(guider)))
+                run.note(self.check.after(time.monotonic() - began, guider, extra_args.get("model_options", {}), run.held, noise.device))
             return samples
 
     def now(self, guider, x: torch.Tensor, timestep: torch.Tensor) -> Run:

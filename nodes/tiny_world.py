@@ -1,5 +1,4 @@
 """Load Tiny World: the models that the pack ships, which stand in nobody's list of models."""
-import sys
 from pathlib import Path
 
 import comfy.sd
@@ -9,6 +8,7 @@ from comfy_api.latest import io
 
 from ..safe_denoiser.pictures import printable
 from .folders import MODELS, TINY
+from .live import server
 from .types import CATEGORY, found_by
 
 
@@ -52,8 +52,8 @@ def list_what_is_asked_for(data: dict) -> dict:
 
 def register() -> None:
     """Look at what is about to run, where there is a server."""
-    if server := getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None):
-        server.add_on_prompt_handler(list_what_is_asked_for)
+    if there := server():
+        there.add_on_prompt_handler(list_what_is_asked_for)
 
 
 NODES = [LoadTinyWorld]
