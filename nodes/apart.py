@@ -1,5 +1,5 @@
-"""Conditions in calls of their own, where neighbours patch the network itself: many of them know two conditions only, or keep what they
-cache by place in the batch, on the network or in its options. What they keep is another for each of our conditions.
+"""Conditions in calls of their own, where something around the network cannot have more of them in one batch: many neighbours know only
+two conditions, or keep what they cache by place in the batch, on the network or in its options. Each of ours gets a copy of its own.
 """
 import copy
 from collections import deque
@@ -12,6 +12,10 @@ import torch
 KNOWN = {"comfy", "comfy_extras", "comfy_api", "torch"}  # whose patches are made for any batch
 OPTIONS = {"patches", "patches_replace", "wrappers", "callbacks", "sample_sigmas", "sigmas", "cond_or_uncond", "uuids"}  # ComfyUI's own
 PLAIN = vars(torch.nn.Module()).keys()
+PATCHED = ("another pack patches the network, so the unwanted condition is asked of it in a call of its own, which takes its time at each "
+           "step")
+MIXED = ("EasyCache of this ComfyUI adds up what the conditions of one batch change, so the unwanted condition is asked in a call of its "
+         "own; prompts that share a batch are mixed all the same: use LazyCache, or a newer ComfyUI")
 
 
 def _foreign(function) -> bool:
@@ -26,6 +30,24 @@ def _leaves(value) -> Iterator:
             yield from _leaves(one)
     else:
         yield value
+
+
+def why_apart(model, patcher, model_options: dict) -> str:
+    """Why conditions cannot be in the guider's own batch; "": they can."""
+    if patched_by_neighbours(model, patcher, model_options):
+        return PATCHED
+    return MIXED if mixes(model_options.get("transformer_options", {}).get("easycache")) else ""
+
+
+def mixes(cache) -> bool:
+    """Whether a cache of ComfyUI's own, where it skips the network, changes each condition of a batch by what all of them change, as
+    EasyCache did before it was mended. Found by trying it, since nothing in it tells.
+    """
+    if not hasattr(cache, "uuid_cache_diffs"):
+        return False
+    probe = cache.clone()
+    probe.uuid_cache_diffs = {"one": torch.zeros(1, 1), "other": torch.ones(1, 1)}
+    return bool(probe.apply_cache_diff(torch.zeros(2, 1), ["one", "other"])[0] != 0)
 
 
 def patched_by_neighbours(model, patcher, model_options: dict) -> bool:
@@ -117,9 +139,11 @@ class Apart:
         model: whose network is asked.
         model_options: of the run.
         keys: of the conditions.
+        why: they are asked apart, in words.
     """
 
-    def __init__(self, model, model_options: dict, keys: Iterable[int]):
+    def __init__(self, model, model_options: dict, keys: Iterable[int], why: str):
+        self.why = why
         self.network = getattr(model, "diffusion_model", None)
         self.left = _copied(self._state(model_options))  # as the guider's own call left it
         self.kept = {key: _copied(self.left) for key in keys}

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import comfy.model_management
 import torch
 
-from ..safe_denoiser.gain import Check, Gain, Probe, together
+from ..safe_denoiser.gain import CHECKED, Check, Gain, Probe, together
+from .apart import PATCHED
 from .conditions import KEY, Witness
 from .fingerprint import fingerprint, fingerprint_weights
 from .model_calls import Asked
 
 SHARE = 0.05  # of the time of runs, which all checks together may take
-FRACTIONS = (0.2, 0.6)  # of the schedule: where right conditions and others differ most, for two calls of the model
 PICTURES, ENOUGH, AT_ONCE = 64, 16, 4  # of the set and of the others; from how many on it is said; in one call of the model
 KEPT = 64  # findings that are remembered
 NOT_MEANT = ("no", "broadly")
@@ -66,7 +66,7 @@ class ConditionCheck:
         Args:
             held: banks in the run's form, by name.
         """
-        if Witness.apart(guider):
+        if Witness.apart(guider) == PATCHED:
             return UNCHECKED + "another pack's node patches the network itself"
         if few := [name for name in self.names if len(held[name].bank) < ENOUGH]:
             return f"{UNCHECKED}{ENOUGH} pictures are needed, and the {few[0]} has {len(held[few[0]].bank)}"
@@ -108,7 +108,7 @@ class ConditionCheck:
             began = time.monotonic()
             rows = torch.linspace(0, len(held[name].bank) - 1, min(PICTURES, len(held[name].bank))).long()
             y = held[name].bank.latents[rows[counts[name]:counts[name] + count]].to(device, torch.float32)
-            gain = Probe(asked, y, neutral, FRACTIONS, batch=AT_ONCE, seed=counts[name]).gain(unwanted)
+            gain = Probe(asked, y, neutral, CHECKED, batch=AT_ONCE, seed=counts[name]).gain(unwanted)
             gain = Gain(*(value.double().cpu() for value in gain.tensors.values()))
             found.gains[name] = together([found.gains[name], gain]) if name in found.gains else gain
             took = time.monotonic() - began

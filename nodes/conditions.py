@@ -9,7 +9,7 @@ import comfy.samplers
 import torch
 from comfy.context_windows import ContextHandlerABC
 
-from .apart import Apart, patched_by_neighbours
+from .apart import Apart, why_apart
 
 KEY, HANDLER, FUNCTION = "safe_denoiser_conditions", "context_handler", "model_function_wrapper"
 SHOWN = ("concat_latent_image", "concat_mask", "reference_latents", "clip_vision_output", "vace_frames", "vace_mask", "vace_strength")
@@ -52,7 +52,7 @@ class Conditions:
     def __init__(self):
         self.given: dict[int, list[dict]] = {}
         self.processed: dict[int, list[dict]] = {}
-        self.apart: Apart | None = None  # where neighbours patch the network
+        self.apart: Apart | None = None  # where they cannot be in the guider's own batch
         self.prompt: list[dict] | None = None  # of the guider's own conditions, the one that guidance takes for the prompt
 
     def add(self, guider, conditionings: list, hook_mode) -> None:
@@ -100,9 +100,9 @@ class Conditions:
         self.look(model, guider, model_options)
 
     def look(self, model, guider, model_options: dict) -> None:
-        """Whether neighbours patch the network: in the options of the run, or of one call, as guidance of theirs makes them."""
-        if not self.apart and patched_by_neighbours(model, guider.model_patcher, model_options):
-            self.apart = Apart(model, model_options, self.given)
+        """Whether they must be asked apart, by the options of the run, or of one call, as guidance of neighbours makes them."""
+        if not self.apart and (why := why_apart(model, guider.model_patcher, model_options)):
+            self.apart = Apart(model, model_options, self.given, why)
 
     @staticmethod
     def _controlled(conds: list[dict], positive: list[dict]) -> list[dict]:
@@ -134,7 +134,7 @@ class Beside(ContextHandlerABC):
         self.own: list[tuple[list[dict], torch.Tensor]] = []  # the guider's
 
     def should_use_context(self, model, conds, x_in, timestep, model_options):
-        return not self.called or Witness.apart(self.guider) or self._windowed(model, conds, x_in, timestep, model_options)
+        return not self.called or bool(Witness.apart(self.guider)) or self._windowed(model, conds, x_in, timestep, model_options)
 
     def _windowed(self, *args) -> bool:
         return self.handler is not None and self.handler.should_use_context(*args)
@@ -223,6 +223,7 @@ class Witness:
     def __init__(self, given: dict[str, list]):
         self.given, self.missed = given, False
         self.offsets: dict[str, torch.Tensor] = {}
+        self.alike: list[torch.Tensor] = []  # of each call: was the prediction under unwanted the prompt's, bit for bit? on the device
 
     def begin(self, guider, noise, latent_image, denoise_mask, extra_args: dict) -> None:
         conditions = guider.model_options.get(KEY)
@@ -230,9 +231,10 @@ class Witness:
             conditions.process(guider, noise, latent_image, denoise_mask, extra_args.get("seed"), extra_args.get("model_options", {}))
 
     @staticmethod
-    def apart(guider) -> bool:
-        """Whether they are asked in calls of their own."""
-        return KEY in guider.model_options and bool(guider.model_options[KEY].apart)
+    def apart(guider) -> str:
+        """Why they are asked in calls of their own; "": they are not."""
+        conditions = guider.model_options.get(KEY)
+        return conditions.apart.why if conditions is not None and conditions.apart else ""
 
     def on(self, guider, timestep: torch.Tensor) -> dict[int, list[dict]]:
         """By key, those of its conditions that say something at this noise level."""
@@ -285,6 +287,8 @@ class Witness:
         if "unwanted" not in found:
             return {}
         self.missed = False
+        if "conditional" in found:
+            self.alike.append((found["unwanted"] == found["conditional"]).all())
         return found
 
     def reach(self, guider, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor | None:

@@ -107,6 +107,7 @@ class DescribeNegationSet(io.ComfyNode):
             **PREVIEWS, **found_by("interrogate", "caption", "clip", "negative prompt from images"),
             description="Says in a few phrases what a folder of pictures shows that others do not: the text of an unwanted condition, "
                         "without writing one.",
+            is_input_list=True,  # images may be a list: one description beside all of them, not one beside each
             inputs=[
                 *clip_inputs("The pictures to describe. Optional with a model.", optional=True),
                 io.String.Input("phrases", default=PHRASES, multiline=True,
@@ -137,14 +138,19 @@ class DescribeNegationSet(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, phrases, count, preview, clip=None, negation_set=None, retain_set=None, images=None, model=None, text_encoder=None,
-                negation_bank=None, reference_bank=None) -> io.NodeOutput:
+    def execute(cls, images=(), **given) -> io.NodeOutput:
+        pictures = [picture for batch in images if batch is not None for picture in batch]
+        return cls.described(pictures, **{name: values[0] for name, values in given.items()})
+
+    @classmethod
+    def described(cls, images, phrases, count, preview, clip=None, negation_set=None, retain_set=None, model=None, text_encoder=None,
+                  negation_bank=None, reference_bank=None) -> io.NodeOutput:
         if model is not None:
             return by_model(model, text_encoder, negation_bank, reference_bank, phrases, count)
         if clip is None or negation_set is None:
             raise ValueError("nothing can say what the pictures show; connect clip (from Load OpenCLIP) and negation_set, or model, "
                              "text_encoder, negation_bank and reference_bank")
-        others = [retain_set, None if images is None else NegationSet.from_images(images)]
+        others = [retain_set, NegationSet.from_images(images) if images else None]
         contrast = [embed(clip, one) for one in others if one is not None]
         found = describe(clip, embed(clip, negation_set), phrases, torch.cat(contrast) if contrast else None, count)
         title, best = found.text or "no phrase chosen, see table", found.best.tolist()

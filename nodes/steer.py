@@ -26,12 +26,13 @@ from .runs import remember, remembered, source
 KEY = "safe_denoiser"
 MISSED = "the unwanted condition was not evaluated in some model calls: the guider, or a node beside this one, asks the model its own way"
 UNTOLD = "the sampler was started without a word to this node: a mask, if there is one, is not known, and whole pictures are compared"
-APART = "another pack patches the network, so the unwanted condition is asked of it in a call of its own, which takes its time at each step"
 RISES = "the noise rises from step to step (unsampling): nothing is steered, so that sampling again can lead elsewhere"
 MIDWAY = "the run begins in the middle of a schedule, and its earlier part is not known here: what the prompt asks for is judged anew"
 UNGUIDED = "there is no guidance (cfg 1), and safe latent diffusion is a part of it: nothing is done"
 EXCHANGED = ("the model's own pictures are nearer to the negation bank than to the reference bank: if the two wires are exchanged, the "
              "sampler is steered TOWARDS what must not come out")
+ALIKE = ("model calls the prediction under the unwanted condition was that of the prompt, bit for bit: either both say the same, or "
+         "another pack keeps predictions from call to call and gives one for the other, and then the unwanted condition does nothing there")
 ROWS = "the sampler asks for parts of the batch at a time: what earlier calls told of each picture is not known"
 
 
@@ -137,6 +138,8 @@ class Run:
         if self.exchanged is not None and bool(self.exchanged):
             self.note(EXCHANGED)
             logging.warning("safe denoiser: %s", EXCHANGED)
+        if self.witness.alike and (alike := int(torch.stack(self.witness.alike).sum())):
+            self.note(f"in {alike} of {len(self.witness.alike)} {ALIKE}")
         if not finished and self.patch.on and self.sigmas is not None:
             self.note(f"{STOPPED} {len(self.report.steps)} model calls of a schedule of {len(self.sigmas) - 1} steps")
         elif finished and self.patch.meant and not self.report.steps and (self.sigmas is None or len(self.sigmas) > 1):
@@ -378,8 +381,8 @@ class Patch:
             shared.setdefault("conditional", predicted(seen, "cond"))
         raw, guides = shared.setdefault("predictions", (denoised, guides))
         heard = witness.heard(guider, shared, x, guides, seen) if witness.given else {}
-        if heard and witness.apart(guider):
-            run.note(APART)
+        if heard:
+            run.note(witness.apart(guider))
         if witness.missed:
             run.note(MISSED)
         if denoiser.method == "sld" and "unconditional" not in guides:

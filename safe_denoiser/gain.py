@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8)  # fractions of the schedule; what a picture shows is decided above the last
+CHECKED = (0.2, 0.6)  # where right conditions and others differ most, for two calls of the model
 
 VERDICT = "the condition explains your pictures"  # so begins every sentence of a check
 SURE = 2.0  # standard errors by which a gain differs from 0

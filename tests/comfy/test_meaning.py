@@ -225,6 +225,12 @@ def test_a_folder_of_one_digit_gives_its_name(describe, digits, tiny, digit):
         assert ("connect retain_set or images" in table) == (not contrast)
 
 
+def test_a_list_of_pictures_is_described_once(pack, describe, digits, tiny):
+    shown, decoded = set_of(digits, 3), tiny.vae.decode(tiny.reference.latents)
+    assert pack["SafeDenoiserDescribeNegationSet"].GET_SCHEMA().is_input_list
+    assert describe(shown, images=[*decoded.split(30)]).result == describe(shown, images=decoded).result
+
+
 def test_where_nothing_separates_the_text_is_empty_and_the_table_says_why(describe, digits):
     first, second = (set_of(digits, *range(10), start=start, count=25) for start in (0, 25))
     output = describe(first, retain_set=second, preview="shown")

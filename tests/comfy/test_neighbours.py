@@ -138,6 +138,23 @@ def cached_in_options(model):
     return model
 
 
+def cached_in_a_function(model):
+    """The same, kept where nobody but its function can reach it."""
+    model, kept = model.clone(), {}
+
+    def wrapper(apply_model, args):
+        x, places = args["input"], args["cond_or_uncond"]
+        if not all(kept.get(place, [0])[0] % 2 for place in places):
+            out = apply_model(x, args["timestep"], **args["c"])
+            kept.update({place: [0, change] for place, change in zip(places, (out - x).chunk(len(places)))})
+        for place in places:
+            kept[place][0] += 1
+        return x + torch.cat([kept[place][1] for place in places])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    return model
+
+
 def two_places(model):
     """As InstantX's IP-Adapter: something of its own for the prompt and for the negative prompt."""
     model, shifts = model.clone(), [0.02, -0.02]
@@ -211,6 +228,15 @@ def test_neighbours_inside_the_model(neighbour, after, low, applied, models, con
     stock = sample(guided("CFGGuider", neighbour(models["SD 3"]), prompts), shape)[1]
     models["SD 3"].model.diffusion_model.__dict__.pop("tea", None)
     assert torch.equal(sample(guided("CFGGuider", off, prompts), shape)[1], stock)
+
+
+def test_a_cache_out_of_reach_that_gives_the_prompts_prediction_is_named(applied, models):  # noqa: F811
+    patched, report, shape, prompts = applied("unwanted", cached_in_a_function, False)
+    sample(guided("CFGGuider", patched, prompts), shape)
+    assert any("in 4 of 4 model calls the prediction under the unwanted condition was that of the prompt" in note for note in report.notes)
+    patched, report, *_ = applied("unwanted", two_places, False)
+    sample(guided("CFGGuider", patched, prompts), shape)
+    assert not any("bit for bit" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("neighbour", [cached_on_the_network, cached_in_options, two_places, one_prompt])

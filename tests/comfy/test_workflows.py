@@ -12,6 +12,8 @@ from PIL import Image
 from dev import ROOT
 from tests.conftest import NEEDS, NOT_HERE
 from tiny_digits.world import TinyDigits
+from tiny_photos.data import CLASSES
+from tiny_photos.world import TinyPhotos
 
 FOLDER = ROOT / "example_workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -327,6 +329,16 @@ def test_a_folder_alone_is_enough(draw, digits):
     off, on = digits(pictures["PreviewImage"]), digits(pictures["SaveImage"])
     assert (off == 7).any() and not (on == 7).any()
     assert (on == off)[off != 7].float().mean() > 0.8
+    assert "as the unwanted condition tells" in report
+
+
+def test_a_folder_of_photographs_is_enough_as_well(draw):
+    pictures, report = draw("Tiny photographs, learned from a folder")
+    world = TinyPhotos()
+    off, on = (world.classes(torch.from_numpy(pictures[kind]).movedim(-1, 1) / 255) for kind in ("PreviewImage", "SaveImage"))
+    truck = CLASSES.index("truck")
+    assert (off == truck).sum() > 3 and not (on == truck).any()
+    assert (on == off)[off != truck].float().mean() > 0.6, "some automobiles are airplanes to the judge, before and after"
     assert "as the unwanted condition tells" in report
 
 
