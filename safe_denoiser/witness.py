@@ -87,14 +87,15 @@ class ByWitness(Rule):
     share_j is the `share` at the j-th call of a run, w how many times guidance weighs E_c. Since E_c - E_n = (1 - r) (E_safe - E_n), a
     `gap` that shrinks says that r grows; one call's share forgets it, since a late E_0 goes where E_c goes. For the same reason the gap
     is measured from E_0 and from what `model` predicts, where it is of other pictures, as their geometric mean. The banks add their say
-    where there are two; the last term is the evidence that two noise predictions give against each other once the noise is low enough.
+    where there are two that distances tell apart, as those of drawings (of photographs they would say what colours and light say, and let
+    unwanted ones through); the last term is the evidence that two noise predictions give against each other once the noise is low enough.
 
     A prompt that from the start asks for the unwanted thing itself (a closeness 1 - sqrt(gap) from RELEASE[0] to RELEASE[1]) lets go of its
     guidance: then E_0 takes the place of E_c. Where no prompt says anything (E_c = E_0) the share is `prior`.
     Source of the correction: arXiv:2502.08011, Thm 3.2; r is ours.
 
     Args:
-        banks: what the banks know, where there are two.
+        banks: what the banks know, where there are two that are told apart.
         model: pictures as a Gaussian, whose covariance is the metric.
         others: `model` is of all that the model makes or of pictures to keep, and not of unwanted ones.
         prior: P(unsafe) where no prompt says anything. posterior_max: ceiling of r.
@@ -110,6 +111,7 @@ class ByWitness(Rule):
     def of(cls, view: View) -> "ByWitness":
         banks, widest = ByGaussians.of(view), view.other or view.bank
         model = banks.other if banks else widest and fit(widest)
+        banks = banks if view.sees else None
         return cls(banks, model, model is not None and view.other is not None, view.settings.prior or PRIOR, view.settings.posterior_max)
 
     def correct(self, p: Prediction, memory: dict) -> Correction:
