@@ -1,6 +1,8 @@
 """SD 1.5 at its full size, with random weights, through the shipped workflow over /prompt: every node of it is the real one."""
 import io
 import os
+import resource
+import time
 
 import numpy as np
 import pytest
@@ -74,3 +76,45 @@ def test_sd15_through_the_shipped_workflow(comfy, tmp_path, matrix):
     assert reports[1].count("1/1") == 2, "random weights make no pictures to steer between, but each call is judged"
     assert pictures[0].shape == (256, 256, 3) and pictures[0].std() > 1 and not np.array_equal(pictures[0], pictures[2])
     matrix.name, matrix.outcome = "full size: SD 1.5 checkpoint over /prompt", f"pass (2 steps at 256x256; {', '.join(results)})"
+
+
+@pytest.mark.slow
+def test_a_condition_is_learned_for_sd15(comfy, pack, matrix):
+    """Two steps on the real network and text encoder: stopped after one and resumed it is the same tensor; the memory that a step takes."""
+    import comfy.sd
+    from pack.nodes.model_calls import ask, differentiable, told
+    from pack.safe_denoiser.learn import Learning, Schedule
+
+    model, clip, *_ = comfy.sd.load_state_dict_guess_config(random_checkpoint(), output_vae=False)
+    with torch.inference_mode():
+        neutral = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    latents = torch.randn(3, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    seconds, memory = {}, {}
+
+    def learned(checkpointed, resumed=False):
+        def work(asked):
+            with differentiable(asked.model, checkpointed):
+                def learning():
+                    return Learning(asked, latents, told(neutral), schedule=Schedule(steps=2, batch=1, rows=1))
+
+                found = learning()
+                began, name = time.monotonic(), "computed twice" if checkpointed else "kept"
+                found.runs[0].step()
+                seconds[name], memory[name] = time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+                if not resumed:
+                    return found.runs[0].step()
+                again = learning().runs[0]
+                again.resume(found.runs[0].state())
+                return again.step()
+
+        with torch.inference_mode():
+            return [part.clone() for part in ask(model, latents.shape[1:], neutral, work)]
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    less, resumed, whole = learned(True), learned(False, resumed=True), learned(False)
+    assert less[0].shape == (1, 77, 768) and not torch.equal(less[0], told(neutral)[0])
+    assert all(map(torch.equal, resumed, whole))
+    torch.testing.assert_close(less[0], whole[0], rtol=1e-3, atol=1e-3)
+    matrix.name = "full size: a condition learned for SD 1.5"
+    matrix.outcome = "pass (256x256, one picture a step: " + "; ".join(
+        f"activations {name}, {seconds[name]:.0f} s and {memory[name] - before:.1f} GiB more" for name in seconds) + ")"

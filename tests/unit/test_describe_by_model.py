@@ -1,11 +1,16 @@
 """The model names the pictures: in the tiny digit world, where each phrase is one of its prompts."""
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.digits import bank, data
 from safe_denoiser.describe_by_model import describe_by_model, rounds, rows_needed
 from tiny_digits.train import WORDS
 from tiny_digits.world import PROMPTS, TinyDigits, prompt, reference_bank
+from tiny_photos.world import PROMPTS as PHOTO_PROMPTS
+from tiny_photos.world import ROOT, TinyPhotos
+from tiny_photos.world import prompt as photo_prompt
 
 PHRASES = (*WORDS, "straight", "curly", "round")
 
@@ -27,6 +32,22 @@ def described(world, latents, **choices):
 def test_it_says_the_digit(world, digit):
     found = described(world, bank(digit).latents)
     assert found.text.split(", ")[0] == WORDS[digit], found.table
+
+
+def test_it_says_the_class_of_photographs():
+    """Of trucks that the model drew, among its classes and pairs; of what it draws without a prompt it says nothing."""
+    photos = TinyPhotos()
+    files = sorted((ROOT / "models/negation_sets/tiny_trucks").glob("*.png"))
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(file))).movedim(-1, 0) / 255 for file in files[:32]])
+    trucks, others = photos.encode(pixels), photos.reference.latents
+
+    def said(latents, contrast):
+        return describe_by_model(photos, latents, contrast, [*PHOTO_PROMPTS], lambda name: [photo_prompt(name)], [photo_prompt(None)],
+                                 batch=200)
+
+    found = said(trucks, others[:60])
+    assert found.text.split(", ")[0] == "truck", found.table
+    assert said(others[60:92], others[92:]).text == ""
 
 
 def test_two_kinds_are_both_said(world):
