@@ -1,5 +1,6 @@
 """Bank: the latents of a negation set, with names and metadata; its views, and banks made of banks."""
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -83,6 +84,16 @@ class Bank:
         """log pi_n with sum pi_n = 1, (N,)."""
         weights = torch.ones(len(self), device=self.latents.device) if self.weights is None else self.weights
         return (weights.to(torch.promote_types(weights.dtype, torch.float32)) / weights.sum()).log()
+
+    @cached_property
+    def origin(self) -> list[int] | None:
+        """Of a compressed bank: the number of the picture that each item stands for."""
+        return json.loads(self.metadata["origin"]) if "origin" in self.metadata else None
+
+    @property
+    def names_of(self) -> dict[int, str]:
+        """Names by the number of the picture."""
+        return dict(zip(range(len(self)) if self.origin is None else self.origin, self.names))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -75,7 +75,7 @@ def load_bank(path: str | Path, memory: float = math.inf) -> Bank:
             clusters = Clusters(file.get_tensor("centres"), file.get_tensor("labels")) if "labels" in tensors else None
             latents = file.get_tensor("latents") if math.prod(shape) * 4 <= memory else Stored(path)
         bank = Bank(latents, names, metadata, weights, clusters)
-        if "origin" in metadata and len(json.loads(metadata["origin"])) != len(bank):
+        if bank.origin is not None and len(bank.origin) != len(bank):
             raise ValueError(f"its origin does not name a picture for each of {len(bank)} latents; build it again")
         return bank
     except SafetensorError as error:

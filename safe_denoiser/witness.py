@@ -20,6 +20,7 @@ GROWTH = 2.0  # times, at most, that the first call's share makes the later ones
 DOUBT = 0.05  # of the squared difference of two noise predictions, by which the log odds fall: once they clearly differ, x is not unsafe
 PRIOR = 0.1  # share of unsafe pictures where no prompt says anything
 SILENT = 1e-3  # a prompt that moves the prediction by less than this share of what the unwanted condition does (squared) says nothing
+REACH = 3.0  # times |E_n - E_0|, at most, that E_safe is away from E_n; by right once to twice, while x leaves it open what it shows
 NOISE = 0.1  # signal to noise, in power, below which x tells next to nothing
 RELEASE = 0.8, 0.95  # `closeness` of a prompt to the unwanted condition: where its guidance begins to be let go, and where all is
 
@@ -76,12 +77,25 @@ def share(t: Tensor, apart: Tensor, begun: Tensor, prior: float = PRIOR) -> Tens
     return CAUTION * r / (1 - r + CAUTION * r)
 
 
+def within_reach(conditional: Tensor, neutral: Tensor, unwanted: Tensor) -> Tensor:
+    """1 - |E_c - E_n| / (REACH |E_n - E_0|), at least 0, (B,): the r with which |E_safe - E_n| = |E_c - E_n| / (1 - r) is REACH times
+    |E_n - E_0|. Ours.
+
+    E_safe is a mean of pictures, and about as far from the unwanted ones as what the model makes else. A trained network's predictions
+    under all conditions draw together as noise falls, whatever the picture shows: then E_c near E_n is no sign that it is unsafe, and a
+    larger r would exaggerate what little they differ in until colours saturate.
+    """
+    near, far = (squared_length(unwanted - y).sqrt() for y in (conditional, neutral))
+    return (1 - near / (REACH * far)).clamp_min(0)
+
+
 @dataclass(frozen=True, eq=False)
 class ByWitness(Rule):
     """r by what the model itself predicts under the unwanted condition, and E_u too.
 
         o_k = max_{j <= k} odds(share_j) gap_j / gap_k
-        logit r = log o_k + TRUST (log p_u(x) - log p_others(x)) - DOUBT (alpha / sigma)^2 |E_c - E_n|_k^2,   r <= posterior_max
+        logit r = log o_k + TRUST (log p_u(x) - log p_others(x)) - DOUBT (alpha / sigma)^2 |E_c - E_n|_k^2
+        r <= posterior_max,   r <= 1 - |E_c - E_n| / (REACH |E_n - E_0|)
         safe_denoised = denoised + w r / (1 - r) (E_c - E_n)
 
     share_j is the `share` at the j-th call of a run, w how many times guidance weighs E_c. Since E_c - E_n = (1 - r) (E_safe - E_n), a
@@ -125,6 +139,8 @@ class ByWitness(Rule):
         told = torch.lerp(told, torch.full_like(told, self.prior), free).clamp(0, SURE)
         r = torch.sigmoid(self._log_odds(p, kept, [y for y in (zero, wiener) if y is not None], told / (1 - told), memory))
         capped = r.clamp_max(self.posterior_max)
+        if zero is not None:
+            capped = capped.minimum(within_reach(kept, zero, p.unwanted))
         direction = self._gain(p, free)[:, None] * from_witness(kept, p.unwanted, capped)
         if zero is not None:
             direction = direction + free[:, None] * (zero - p.denoised)

@@ -7,7 +7,9 @@ import torch
 from safe_denoiser import Bank, SafeDenoiser
 from safe_denoiser.gaussian import fit
 from safe_denoiser.prediction import Prediction
-from safe_denoiser.witness import CAUTION, DOUBT, PRIOR, RELEASE, SURE, ByWitness, coordinate, from_witness, gap, share
+from safe_denoiser.witness import CAUTION, DOUBT, PRIOR, REACH, RELEASE, SURE, ByWitness, coordinate, from_witness, gap, share, within_reach
+from tiny_photos.data import CLASSES
+from tiny_photos.world import LATENT, TinyPhotos, prompt
 
 F64 = torch.float64
 
@@ -256,3 +258,21 @@ def test_strength_0_is_the_prediction_itself():
 
 def test_odds_are_bounded():
     assert float(ByWitness().correct(predict(0.95), {}).posterior) <= 0.95 and SURE < 0.95
+
+
+def test_the_safe_prediction_stays_within_reach_of_what_the_model_makes_else():
+    conditional, neutral, unwanted = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]), torch.zeros(1, 2)
+    r = within_reach(conditional, neutral, unwanted)
+    safe = conditional + from_witness(conditional, unwanted, r)
+    torch.testing.assert_close((safe - unwanted).norm(), REACH * (unwanted - neutral).norm())
+    assert within_reach(unwanted + 7 * neutral, neutral, unwanted) == 0 and within_reach(unwanted, neutral, unwanted) == 1
+
+
+def test_pictures_of_a_trained_model_are_not_exaggerated():
+    """Its predictions under all conditions draw together late; what is left looks as if it had been asked for, not brighter."""
+    world, draw = TinyPhotos(), torch.Generator().manual_seed(1000)
+    noise, steering = torch.randn(8, *LATENT, generator=draw), SafeDenoiser(None, reference=world.reference)
+    away = world.sample(noise, prompt("automobile or truck"), 2, safe=steering.safe, unwanted=prompt("truck"), neutral=prompt(None))
+    asked = world.sample(noise, prompt("automobile"), 2)
+    assert away.std() < 1.25 * asked.std(), "1.5 where r grows as if the model knew"
+    assert not (world.classes(world.decode(away)) == CLASSES.index("truck")).any()
