@@ -60,9 +60,14 @@ class Gain:
         return float(self.by_level.mean())
 
     @property
+    def by_level_and_picture(self) -> Tensor:
+        """What is gained on each picture, relative to the mean error at its level (K, n)."""
+        return (self.zero - self.unwanted) / self.zero.mean(1, keepdim=True)
+
+    @property
     def by_picture(self) -> Tensor:
-        """The same of each picture, relative to the mean error at each level (n,)."""
-        return ((self.zero - self.unwanted) / self.zero.mean(1, keepdim=True)).mean(0)
+        """The same of each picture, mean over the levels (n,)."""
+        return self.by_level_and_picture.mean(0)
 
     @property
     def error(self) -> float:
@@ -78,8 +83,15 @@ class Gain:
 
     @property
     def share(self) -> float:
-        """Share of the pictures that the condition helps to denoise."""
-        return float((self.by_picture > 0).float().mean())
+        """Share of the pictures that the condition helps to denoise: Phi(mean / s), where s is how much pictures differ in what is gained.
+
+        Levels have noise of their own, so that s^2 is what varies alike at all of them, the mean covariance of two levels; the sign of one
+        picture's gain is as often the noise's as the picture's.
+        """
+        gains = self.by_level_and_picture - self.by_level_and_picture.mean(1, keepdim=True)
+        chance = gains.var(0).mean() / len(gains) if len(gains) > 1 else gains.new_zeros(())
+        spread = (gains.mean(0).var() - chance).clamp_min(1e-20).sqrt()
+        return float(torch.special.ndtr(self.by_picture.mean() / spread))
 
 
 @dataclass(frozen=True, eq=False)
