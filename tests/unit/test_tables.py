@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.tables import judges, page, result, run
@@ -241,6 +242,24 @@ def test_the_second_judge_finds_its_threshold_on_harmless_pictures_and_does_not_
     with pytest.raises(judges.Missing) as second:
         judge.scores(["x.png"], [None])
     assert second.value is first.value
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_sscd_finds_a_copy_by_its_weights_and_says_where_they_are_had(tmp_path):
+    for number in range(3):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten())  # as its file: pictures in, descriptors out
+    torch.jit.save(torch.jit.trace(network, torch.zeros(1, 3, 320, 320)), tmp_path / "sscd.pt")
+    Image.open(tmp_path / "1.png").save(tmp_path / "copy.bmp")
+    (tmp_path / "known").mkdir()
+    (tmp_path / "1.png").rename(tmp_path / "known/1.png")
+    judge = judges.Likeness("SSCD", 0.5, judges.Sscd(tmp_path / "sscd.pt"), tmp_path / "known")
+    copy, other = judge.scores([tmp_path / "copy.bmp", tmp_path / "2.png"], [None] * 2)
+    assert copy > 0.999 > other and judge.about == "SSCD sscd.pt, cosine to the nearest negation picture of 0.5 or more"
+    for file, said in ((None, "facebookresearch/sscd-copy-detection"), (tmp_path / "notes.txt", "no TorchScript file")):
+        with pytest.raises(judges.Missing, match=f"{said}.*--sscd"):
+            judges.Likeness("SSCD", 0.5, judges.Sscd(file), tmp_path / "known").scores([tmp_path / "2.png"], [None])
 
 
 def test_a_detector_that_is_not_installed_is_named_with_what_to_do(tmp_path, monkeypatch):
