@@ -67,6 +67,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--sscd", type=Path, help="memorised: file of SSCD's weights, TorchScript")
     add("--inception", default="", help="torch-fidelity's weights, where it cannot download them")
     add("--comfyui", type=Path, default=os.environ.get("SAFE_DENOISER_COMFYUI"), help="folder of ComfyUI; else it is looked for")
+    add("--base-directory", type=Path, help="as ComfyUI's option of that name, where it is started with it")
     add("--server", help="URL of a running ComfyUI that has this pack, instead")
     add("--out", type=Path, help="folder of the result; default: tables/<table>-<checkpoint>")
     return parser
@@ -126,7 +127,7 @@ def find_comfyui(named: Path | None) -> Path:
     return found[0]
 
 
-def prepare(options, defaults: dict, runner, base: Path) -> tuple[Setup, list[Case], list, dict]:
+def prepare(options, defaults: dict, runner, base: Path | None) -> tuple[Setup, list[Case], list, dict]:
     """Setup, cases, judges, and what is to be said of them."""
     pick = {name: getattr(options, name) for name in ("steps", "cfg", "width", "height", "sampler", "scheduler")}
     paper = {"width": 512, "height": 512, "sampler": "ddim", "scheduler": "ddim_uniform", **defaults}
@@ -187,7 +188,7 @@ def tiny(options, pick: dict, base: Path) -> tuple[Setup, list[Case], list, dict
                  for number, one in enumerate(file.prompts)] + [case for case in cases if case.kind == "harmless"]
     if by_heart:
         return setup, cases, [tiny.Memorised(), *copies(options, inputs / "negation_sets/memorised").values()], said
-    return setup, cases, [*([judges.NudeNet()] if options.table == "nudity" else []), tiny.Digits()], said
+    return setup, cases, [tiny.Digits(), *([judges.NudeNet()] if options.table == "nudity" else [])], said
 
 
 def text_cases(options, sets: dict) -> tuple[list[Case], dict]:
@@ -265,11 +266,11 @@ def main(arguments_=None) -> int:
     title = defaults.pop("title")
     out = (options.out or Path("tables") / f"{options.table}-{Path(options.checkpoint or options.unet).stem}").absolute()
     out.mkdir(parents=True, exist_ok=True)
-    base = out / "comfyui"
+    base = out / "comfyui" if options.tiny else options.base_directory
     if options.tiny:
         for name in ("input", "models/diffusion_models", "output", "user", "temp", "custom_nodes"):
             (base / name).mkdir(parents=True, exist_ok=True)
-    runner = Remote(options.server) if options.server else InProcess(find_comfyui(options.comfyui), base if options.tiny else None)
+    runner = Remote(options.server) if options.server else InProcess(find_comfyui(options.comfyui), base)
     setup, cases, found, said = prepare(options, defaults, runner, base)
     about = hashes(setup, runner) | said
     same_run(out, setup, about)

@@ -20,7 +20,10 @@ class OutOfMemory(Exception):
 
 
 class InProcess:
-    """ComfyUI in this process with the pack loaded as ComfyUI loads it. What nodes made is kept while later graphs ask for it."""
+    """ComfyUI in this process with the pack loaded as ComfyUI loads it. What nodes made is kept while later graphs ask for it.
+
+    `base` is another base directory than ComfyUI's own folder, as its option --base-directory.
+    """
 
     def __init__(self, comfyui: Path, base: Path | None = None):
         sys.path.insert(0, str(comfyui))  # before the pack's root, whose `nodes` would shadow ComfyUI's
@@ -34,10 +37,13 @@ class InProcess:
         import comfy.utils
         import comfyui_version
         import nodes
+        from utils.extra_config import load_extra_path_config
 
         comfy.utils.PROGRESS_BAR_ENABLED = False  # a bar per batch would hide the progress too
         if Path(nodes.__file__).parent != Path(comfyui):
             raise RuntimeError(f"another module than ComfyUI's is called nodes: {nodes.__file__}")
+        if (paths := Path(comfyui) / "extra_model_paths.yaml").is_file():  # as ComfyUI does it where it is started
+            load_extra_path_config(str(paths))
         spec = importlib.util.spec_from_file_location("safe_denoiser_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
         pack = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(pack)

@@ -134,11 +134,13 @@ def test_each_row_draws_a_picture_on_a_full_size_sd15(comfy, tmp_path):
     for i in range(16):
         Image.effect_noise((64, 64), 40 + i).convert("RGB").save(pictures / f"{i}.png")
     prompts.write_text("a lamp on a table\n")
-    said = finish(start(tmp_path / "out", "--prompts", prompts, "--harmless", prompts, "--negatives", pictures, "--width", 64,
+    said = finish(start(tmp_path / "table", "--prompts", prompts, "--harmless", prompts, "--negatives", pictures, "--width", 64,
                         "--height", 64, "--steps", 2, "--reference", 4, "--learn", 20, "--open-clip", "tiny_clip",
-                        checkpoint=checkpoint), seconds=3000)
+                        "--base-directory", tmp_path, checkpoint=checkpoint), seconds=3000)
     checkpoint.unlink()  # 2 GB, which pytest would keep
-    rows = json.loads((tmp_path / "out/table.json").read_text())["rows"]
+    told = json.loads((tmp_path / "table/table.json").read_text())
+    rows = told["rows"]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     print(f"{said}\npeak memory {peak / 2**20:.1f} GiB")
     assert len(rows) == 20 and all(row["drawn"] == 2 and not row.get("failed") for row in rows), said
+    assert len(told["about"]["SHA-256 of sd15.safetensors"]) == 64

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from benchmarks.tables import judges, page, result, run
-from benchmarks.tables.__main__ import about_of, rows_of, same_run
+from benchmarks.tables.__main__ import about_of, hashes, rows_of, same_run
 from benchmarks.tables.comfyui import OutOfMemory
 from benchmarks.tables.graph import Case, Row, Setup, build
 from benchmarks.tables.prompts import read
@@ -176,6 +177,14 @@ def test_the_limit_counts_pictures_of_each_kind():
     assert CASES[0].key == run.limited(CASES, 2)[0].key, "more of the same later are the same pictures"
 
 
+def test_the_hash_of_each_file_of_the_model_is_told_where_its_place_is_known(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"weights")
+    runner = SimpleNamespace(file=lambda kind, name: tmp_path / name if (kind, name) == ("vae", "a.safetensors") else None)
+    assert hashes(replace(SETUP, checkpoint="", unet="b.safetensors", vae="a.safetensors"), runner) == {
+        "SHA-256 of b.safetensors": "not known here",
+        "SHA-256 of a.safetensors": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"}
+
+
 def test_a_folder_holds_one_run(tmp_path):
     same_run(tmp_path, SETUP, {"prompts": "a"})
     same_run(tmp_path, SETUP, {"prompts": "a"})
@@ -297,8 +306,7 @@ def test_frechet_and_precision_know_the_same_from_another():
 def test_the_page_needs_no_network_and_shows_no_markup_of_prompts(tmp_path):
     run.sample(SETUP, ROWS, CASES, Runner(), tmp_path, 2, lambda line: None)
     judged, told = table(tmp_path)
-    cases = [Case(**{**vars(case), "prompt": case.prompt}) for case in CASES]
-    text = page.html(told, ROWS, cases, tmp_path, judged, [Absent(), Red()])
+    text = page.html(told, ROWS, CASES, tmp_path, judged, [Absent(), Red()])
     assert "http" not in text.replace("http-equiv", "") and "<b>" not in text and "T &lt;b&gt;" in text and "filter: blur" in text
     data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
     assert len(data["pictures"]) == 8 and all((tmp_path / path).exists() for one in data["pictures"] for path in one["pictures"])
