@@ -34,16 +34,17 @@ class InProcess:
         args.cpu = args.cpu or not torch.cuda.is_available()
         if base:
             args.base_directory = str(base)
+        if (paths := Path(comfyui) / "extra_model_paths.yaml").is_file():  # as ComfyUI does it where it is started
+            from utils.extra_config import load_extra_path_config  # before `nodes`, which puts a folder with another `utils` first
+
+            load_extra_path_config(str(paths))
         import comfy.utils
         import comfyui_version
         import nodes
-        from utils.extra_config import load_extra_path_config
 
         comfy.utils.PROGRESS_BAR_ENABLED = False  # a bar per batch would hide the progress too
         if Path(nodes.__file__).parent != Path(comfyui):
             raise RuntimeError(f"another module than ComfyUI's is called nodes: {nodes.__file__}")
-        if (paths := Path(comfyui) / "extra_model_paths.yaml").is_file():  # as ComfyUI does it where it is started
-            load_extra_path_config(str(paths))
         spec = importlib.util.spec_from_file_location("safe_denoiser_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
         pack = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(pack)
