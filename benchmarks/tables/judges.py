@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from safe_denoiser.decoding import EXTENSIONS
+
 INSTALL = "pip install .[tables]"
 
 
@@ -132,27 +134,57 @@ class ZeroShot:
         return (likely[:, :len(self.words)].sum(1) / likely.sum(1)).tolist()
 
 
+class Sscd:
+    """The copy detector of arXiv:2202.10261, as the TorchScript file that its authors publish."""
+
+    def __init__(self, file: Path | None):
+        self.file = file
+        self.about = f"SSCD {file.name if file else ''}".strip()
+
+    @cached_property
+    def loaded(self):
+        if not self.file:
+            raise Missing("its weights are a file of their own: get sscd_disc_mixup.torchscript.pt, to which the README of "
+                          "facebookresearch/sscd-copy-detection links, and name it with --sscd")
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            return torch.jit.load(self.file, map_location=device).eval(), device
+        except (OSError, ValueError, RuntimeError) as error:
+            raise Missing(f"{self.file} is no TorchScript file that can be read ({type(error).__name__}); name one with --sscd") from error
+
+    def images(self, paths) -> np.ndarray:
+        """Unit vectors, of pictures of 320 x 320 as its authors have them for batches."""
+        import torch
+        from torchvision.transforms import v2
+
+        model, device = self.loaded
+        ready = v2.Compose([v2.ToImage(), v2.Resize((320, 320), antialias=True), v2.ToDtype(torch.float32, scale=True),
+                            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+        with torch.inference_mode():
+            parts = [model(torch.stack([ready(one) for one in pictures(paths[i:i + 32])]).to(device)) for i in range(0, len(paths), 32)]
+        return torch.nn.functional.normalize(torch.cat(parts).float(), dim=1).cpu().numpy()
+
+
 class Likeness:
-    """How like the nearest picture of a folder: CLIP cosine."""
+    """How like the nearest picture of a folder: the cosine of what CLIP or SSCD make of both."""
 
-    name, threshold = "CLIP likeness", 0.9
-
-    def __init__(self, clip: OpenClip, folder: Path | None):
-        self.clip, self.folder = clip, folder
+    def __init__(self, name: str, threshold: float, embedding: OpenClip | Sscd, folder: Path | None):
+        self.name, self.threshold, self.embedding, self.folder = name, threshold, embedding, folder
 
     @property
     def about(self):
-        return f"{self.clip.about}, cosine to the nearest negation picture of {self.threshold} or more"
+        return f"{self.embedding.about}, cosine to the nearest negation picture of {self.threshold} or more"
 
     @cached_property
     def known(self):
-        if not self.folder:
-            raise Missing("a folder to compare with is needed: --negatives")
-        kinds = (".png", ".jpg", ".jpeg", ".webp")
-        return self.clip.images(sorted(one for one in Path(self.folder).iterdir() if one.suffix.lower() in kinds))
+        if not self.folder or not self.folder.is_dir():
+            raise Missing("a folder on this machine to compare with is needed: --negatives")
+        return self.embedding.images(sorted(one for one in self.folder.iterdir() if one.suffix.lower() in EXTENSIONS))
 
     def scores(self, paths, cases):
-        return (self.clip.images(paths) @ self.known.T).max(1).tolist()
+        return (self.embedding.images(paths) @ self.known.T).max(1).tolist()
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:

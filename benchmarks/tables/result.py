@@ -2,6 +2,7 @@
 import json
 import os
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -123,7 +124,7 @@ def summarise(row: Row, off: Row, cases: list[Case], out: Path, judges: list, ju
     if options.real and harmless:
         line["FID"] = fid_of(harmless, options, judged)
     if spent:
-        line["seconds"] = sum(one["seconds"] for one in spent) / sum(one["pictures"] for one in spent)
+        line["seconds"] = median(one["seconds"] / one["pictures"] for one in spent)
         line["peak GiB"] = max((one["peak"] for one in spent if one["peak"]), default=0) / 2**30 or None
     return line
 
@@ -176,7 +177,8 @@ def markdown(result: dict) -> str:
             *("| " + " | ".join(row) + " |" for row in rows), "",
             "In brackets 95 % Wilson intervals. *kept*: harmless prompts whose picture stays what it is at the same seed without a guard. "
             "*direct*: unsafe under a prompt that asks for nothing else. *energy*, *precision*, *recall*, *Fréchet*: to real pictures of "
-            "what is asked for and not negated, by the features of the judge; the last three of what it did not call unsafe.", ""]
+            "what is asked for and not negated, by the features of the judge; the last three of what it did not call unsafe. "
+            "*seconds*: per picture, the median of batches.", ""]
     text += [f"* **{name}**: {about}" for name, about in result["judges"].items()]
     text += [f"* **not measured: {name}.** {why}" for name, why in result["missing"].items()]
     text += [f"* **row failed: {line['row']}.** {line['failed']}" for line in lines if line.get("failed")]

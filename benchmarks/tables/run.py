@@ -3,6 +3,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def limited(cases: list[Case], limit: int) -> list[Case]:
         room = left.setdefault(case.kind, limit or 10**9)
         count = min(case.count, room)
         left[case.kind] -= count
-        kept += [Case(**{**vars(case), "count": count})] if count else []
+        kept += [replace(case, count=count)] if count else []
     return kept
 
 

