@@ -579,7 +579,8 @@ def test_a_blueprint_is_there_with_its_knobs_and_runs(page):
         return node.widgets.map(w => w.name);
     }""", next(SEEDS))
     assert {"seed", "steps", "cfg", "sampler_name", "scheduler", "strength", "count"} <= set(knobs)
-    warned = page.view.evaluate("app.graph.nodes.find(n => n.subgraph).widgets.find(w => w.name === 'safe_denoiser_text').element.textContent")
+    warned = page.view.evaluate("""app.graph.nodes.find(n => n.subgraph).widgets
+        .find(w => w.name === 'safe_denoiser_text').element.textContent""")
     assert warned.startswith("the first run draws as many pictures as count says")
     entry = page.run()
     assert {"SafeDenoiserSampleReferenceBank", "SafeDenoiserKSampler"} <= {node["class_type"] for node in entry["prompt"][2].values()}
