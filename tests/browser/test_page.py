@@ -332,7 +332,7 @@ def test_each_node_has_its_help_panel(page):
         title = (ROOT / f"web/docs/{node_id}.md").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         assert panel.locator("h1").inner_text() == title
         page.view.wait_for_function("document.querySelector('.node-help-content img')?.naturalWidth > 300")
-        assert page.view.evaluate("document.querySelectorAll('.node-help-content table').length") == 3
+        assert panel.locator("li").count() > 3 and panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth"), "nothing is cut off"
         page.press("Escape")
 
 
