@@ -17,7 +17,7 @@ from playwright.sync_api import sync_playwright
 
 from dev import ROOT, Server
 from tests.browser.conftest import BROWSER, SETTING, Page
-from tests.conftest import CHROMIUM, NEEDS, NOT_HERE
+from tests.conftest import CHROMIUM, NEEDS, runs_here
 
 TEMPLATES, HELP = ROOT / "example_workflows", ROOT / "web/docs/img"
 WINDOW = {"width": 1900, "height": 1000}
@@ -78,13 +78,6 @@ def keep(path, made):
             break
     path.write_bytes(data.getvalue())
     return True
-
-
-def runs_here(workflow, there):
-    """Whether nothing is missing: no model of the user's own, no node."""
-    kinds = {node["type"] for node in workflow["nodes"]} - {"MarkdownNote"}
-    return kinds <= set(there) and not any(value in NOT_HERE for node in workflow["nodes"] for value in node["widgets_values"]
-                                           if isinstance(value, str))
 
 
 def thumbnails(page, wanted):
