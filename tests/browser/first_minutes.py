@@ -1,4 +1,5 @@
-"""An artist's first minutes in figures, for docs/evidence.md: `SAFE_DENOISER_COMFYUI=PATH python -m tests.browser.first_minutes`.
+"""An artist's first minutes in figures, for docs/evidence.md: `SAFE_DENOISER_COMFYUI=PATH python -m tests.browser.first_minutes`
+(with parts of the names of mistakes behind it, only these are tried).
 
 Nodes and wires of the smallest graph, words of the README, seconds from an empty browser to the first pictures off and on, and after how
 many clicks the cure of a common mistake is read.
@@ -6,6 +7,7 @@ many clicks the cure of a common mistake is read.
 import json
 import os
 import re
+import sys
 import tempfile
 import time
 
@@ -16,13 +18,13 @@ from tests.browser.conftest import BROWSER, Page
 from tests.browser.pictures import WINDOW
 from tests.conftest import CHROMIUM
 
-SET, WITHOUT = "widget('{0}', '{1}').value = {2}", "node('SafeDenoiserKSampler').disconnectInput(input('{0}'))"
+SET, WITHOUT = "choose(widget('{0}', '{1}'), {2})", "node('SafeDenoiserKSampler').disconnectInput(input('{0}'))"
 SAMPLER, FOLDER, SIZE = "SafeDenoiserKSampler", "SafeDenoiserLoadNegationSet", "EmptySD3LatentImage"
 MISTAKES = {  # what is done to a template, and what the cure says
-    "no set is chosen": ("Tiny digits", [SET.format(FOLDER, "folder", "'choose a set'")], "choose one"),
+    "no set is chosen": ("Tiny digits", [SET.format(FOLDER, "folder", "'choose a set'")], "or choose a set"),
     "the set is not on this machine": ("Tiny digits", [SET.format(FOLDER, "folder", "'elsewhere'")], "put the pictures into it"),
     "nothing says what must not come out": ("Tiny digits", [WITHOUT.format("negation_bank"), WITHOUT.format("reference_bank")], "connect"),
-    "a bank of another size": ("Tiny digits", [SET.format(SIZE, "width", 64)], "at this size"),
+    "a bank of another size": ("Tiny digits", [SET.format(SIZE, "width", 64)], "build both with the same VAE at the same size"),
     "cfg 1 without neutral": ("1 Try it", [SET.format(SAMPLER, "cfg", 1)], "connect an empty prompt to neutral"),
     "strength 5": ("Tiny digits", [SET.format(SAMPLER, "strength", 5)], "strength above 2 spoils pictures"),
     "the paper's rule at strength 1": ("Tiny digits", [SET.format(SAMPLER, "method", "'official'")], "strength 0.33 and end 0.22"),
@@ -30,6 +32,7 @@ MISTAKES = {  # what is done to a template, and what the cure says
 }
 GRAPH = """const node = kind => app.graph.nodes.find(n => n.type === kind);
     const widget = (kind, name) => node(kind).widgets.find(w => w.name === name);
+    const choose = (w, value) => { w.value = value; w.callback?.(value) };  // as a person does
     const input = name => node('SafeDenoiserKSampler').inputs.findIndex(i => i.name === name);"""
 
 
@@ -90,8 +93,11 @@ def main():
     comfyui = os.environ["SAFE_DENOISER_COMFYUI"]
     with tempfile.TemporaryDirectory() as base, Server(comfyui, base) as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=BROWSER)
-        print(f"from an empty browser to the first pair: {first_pair(browser, server):.0f} s", flush=True)
+        if not sys.argv[1:]:
+            print(f"from an empty browser to the first pair: {first_pair(browser, server):.0f} s", flush=True)
         for what, (template, changes, cure) in MISTAKES.items():
+            if sys.argv[1:] and not any(part in what for part in sys.argv[1:]):
+                continue
             page = Page(browser.new_page(viewport=WINDOW), server, False)
             print(f"{what}: the cure is read after {clicks(page, template, changes, cure)} clicks", flush=True)
             page.view.close()
