@@ -1,6 +1,7 @@
-"""One command on an empty machine: `python dev.py demo` shows what the pack does, `python dev.py test` checks it.
+"""One command on an empty machine: `python dev.py demo` shows what the pack does, `python dev.py test` checks it, `python dev.py pictures`
+makes the pictures of its pages anew.
 
-Standard library only. Both find a ComfyUI: `--comfyui PATH` (more than one for `test`), the environment variable COMFYUI_PATH, a
+Standard library only. All find a ComfyUI: `--comfyui PATH` (more than one for `test`), the environment variable COMFYUI_PATH, a
 `custom_nodes/` folder around this checkout, `~/ComfyUI`, each with a `ComfyUI-next` beside it, else a clone of a pinned version.
 Without any of these they go on without ComfyUI. They run in the environment that has torch already, that ComfyUI's own or the Python
 that runs this, and in a `.venv` on top of it where something is missing there; nothing is ever installed outside of `.venv`.
@@ -344,7 +345,7 @@ class Server(Api):
         return self.checked(self.wait_for(lambda: self.finished(key), seconds))
 
 
-# --- the two commands --------------------------------------------------------------------------------------------
+# --- the commands ------------------------------------------------------------------------------------------------
 
 def outcome(results):
     """Counts of a junit report, and why tests were skipped."""
@@ -358,12 +359,16 @@ def outcome(results):
     return f"{count - failures - errors - skipped} passed, {failures + errors} failed, {skipped} skipped" + (f" ({why})" if why else "")
 
 
+def venv_of(comfyui, i):
+    """Where the i-th of the ComfyUIs has what it lacks."""
+    return ROOT / (".venv" if i == 0 else f".venv-{comfyui_version(comfyui)}")
+
+
 def test(comfyuis, arguments):
     """ruff, then pytest on all ComfyUIs at once: all tests on the first, on the others those that need one. The first exit code that is
     not 0.
     """
-    pythons = [environment(comfyui, "test", ROOT / (".venv" if i == 0 else f".venv-{comfyui_version(comfyui)}"))
-               for i, comfyui in enumerate(comfyuis or [None])]
+    pythons = [environment(comfyui, "test", venv_of(comfyui, i)) for i, comfyui in enumerate(comfyuis or [None])]
     say("ruff check")
     codes = [start(pythons[0], "-m", "ruff", "check", "--output-format", "concise").wait()]
     lines = ["ruff check found errors, listed above pytest's output"] if codes[0] else []
@@ -396,12 +401,20 @@ def demo(comfyuis, arguments):
     return start(python, "-m", "tiny_digits.demo", *(["--comfyui", comfyui] if comfyui else []), *arguments).wait()
 
 
+def pictures(comfyuis, arguments):
+    """Of the newest ComfyUI's page."""
+    if not comfyuis:
+        sys.exit("the pictures are of ComfyUI's own page, and there is no ComfyUI; give its folder with --comfyui PATH")
+    python = environment(comfyuis[-1], "test", venv_of(comfyuis[-1], len(comfyuis) - 1))
+    return start(python, "-m", "tests.browser.pictures", *arguments, SAFE_DENOISER_COMFYUI=str(comfyuis[-1])).wait()
+
+
 def main():
     if sys.version_info < (3, 10):  # noqa: UP036 - whoever types the command may have any Python
         sys.exit(f"this needs Python 3.10 or newer, and {sys.executable} is {sys.version.split()[0]}")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)  # else pytest's --co would be taken for --comfyui
-    parser.add_argument("command", choices=["demo", "test"], help="other arguments go to pytest, as --slow does")
+    parser.add_argument("command", choices=["demo", "test", "pictures"], help="other arguments go to pytest, as --slow does")
     parser.add_argument("--comfyui", metavar="PATH", action="append", help="a ComfyUI's folder, or 'none'; test takes several")
     options, arguments = parser.parse_known_args()
     try:
@@ -410,7 +423,7 @@ def main():
             say(f"ComfyUI {comfyui_version(comfyui)}: {comfyui}")
         if not comfyuis:
             say("no ComfyUI: going on without (--comfyui PATH names one)")
-        sys.exit({"demo": demo, "test": test}[options.command](comfyuis, arguments))
+        sys.exit({"demo": demo, "test": test, "pictures": pictures}[options.command](comfyuis, arguments))
     except KeyboardInterrupt:
         say("stopped; nothing half-made is left")
         sys.exit(128 + signal.SIGINT)

@@ -1,11 +1,11 @@
 """Curate and Split Negation Set: which pictures of a folder are meant."""
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..safe_denoiser import NegationSet, sheets
 from ..safe_denoiser.meaning import choose, nearest, text_scores
 from .clip import clip_inputs, embed
-from .negation_set import preview_input, to_image
+from .negation_set import as_preview, preview_input
 from .types import CATEGORY, PREVIEWS, NegationSetType, found_by
 
 
@@ -14,13 +14,12 @@ def table(title: str, negation_set: NegationSet, scores: torch.Tensor, words: li
     return "\n".join([title, *(f"{scores[i]:.3f} {negation_set.names[i]}: {words[i]}" for i in order)])
 
 
-def sheet(negation_set: NegationSet, groups: list[list[int]], scores: torch.Tensor, words: list[str], title: str, style: str, cls):
+def sheet(negation_set: NegationSet, groups: list[list[int]], scores: torch.Tensor, words: list[str], title: str, style: str,
+          cls) -> dict | None:
     """Contact sheet of a few pictures of each group with score and fate, or None when the preview is off."""
-    if style == "off":
-        return None
     rows = [i for group in groups if group for i in sheets.evenly(group, 8)]
     captions = [f"{scores[i]:.2f} {words[i].partition(',')[0]}" for i in rows]  # why is in the table
-    return ui.PreviewImage(to_image(sheets.sheet(negation_set, rows, [title], style == "blurred", captions)), cls=cls)
+    return as_preview(lambda blurred: sheets.sheet(negation_set, rows, [title], blurred, captions), style, cls)
 
 
 MEANING = "in plain words, one meaning per line; of several, the best counts."

@@ -63,13 +63,23 @@ def learnable(model) -> Iterator[None]:
 
 
 class Teller:
-    """The node's bar, and a line on it: what was gained so far and how long it still takes at most. Raises where the user stops."""
+    """The node's bar, and a line on it: what was gained so far and how long it still takes at most; where it stopped, if it was stopped.
+    Raises where the user stops.
+    """
 
     def __init__(self):
-        self.bar, self.live, self.began, self.before = comfy.utils.ProgressBar(1), Live(), time.monotonic(), None
+        self.bar, self.live, self.began, self.before, self.place = comfy.utils.ProgressBar(1), Live(), time.monotonic(), None, ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind and issubclass(kind, comfy.model_management.InterruptProcessingException) and self.place:
+            self.live.send(f"stopped at {self.place}; press Run to go on")
 
     def __call__(self, done: int, steps: int, gain: Gain) -> None:
         self.before = done - 1 if self.before is None else self.before  # steps that an earlier run did
+        self.place = f"{done:,} of {steps:,}"
         self.bar.update_absolute(done, steps)
         if time.monotonic() >= self.live.next:
             self.live.next = time.monotonic() + 0.5
@@ -99,8 +109,8 @@ def learn(model, bank: Bank, neutral: list, start: list | None, reference: Bank 
             if state := cache.kept(stopped):
                 learning.resume(state)
             try:
-                with learnable(model):
-                    learned = learning.run(seconds or float("inf"), Teller())
+                with learnable(model), Teller() as tell:
+                    learned = learning.run(seconds or float("inf"), tell)
             finally:
                 cache.keep(stopped, {name: value.detach().cpu() for name, value in learning.state().items()})
             gain = None if z is None else Probe(asked, z, parts[0], batch=rows, seed=schedule.seed).gain(learned.condition)

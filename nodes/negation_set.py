@@ -1,5 +1,6 @@
 """Load Negation Set, Negation Set from Images, Combine Negation Sets."""
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,12 +18,25 @@ def to_image(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
 
 
-def contact_sheet(negation_set: NegationSet, name: str, style: str, cls) -> ui.PreviewImage | None:
-    """Contact sheet for the node, or None when the preview is off."""
+def as_preview(draw: Callable[[bool], Image.Image], style: str, cls) -> dict | None:
+    """What a node shows of a set, or None when the preview is off. Beside a blurred picture goes the same one sharp, which nothing but our
+    own page code looks at: to show it is then no reason to run again the node, and with it all that follows.
+
+    Args:
+        draw: makes the picture, blurred or sharp.
+    """
     if style == "off":
         return None
-    page = sheets.contact_sheet(negation_set, name, blurred=style == "blurred")
-    return ui.PreviewImage(to_image(page), cls=cls)
+
+    def images(blurred: bool) -> list:
+        return ui.PreviewImage(to_image(draw(blurred)), cls=cls).as_dict()["images"]
+
+    return {"images": images(True), "safe_denoiser_sharp": images(False)} if style == "blurred" else {"images": images(False)}
+
+
+def contact_sheet(negation_set: NegationSet, name: str, style: str, cls) -> dict | None:
+    """Contact sheet for the node, or None when the preview is off."""
+    return as_preview(lambda blurred: sheets.contact_sheet(negation_set, name, blurred=blurred), style, cls)
 
 
 SHEET = ("Contact sheet on the node, up to 16 pictures. Blurred by default, since sets hold what people do not want to see. off: no "

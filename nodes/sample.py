@@ -16,7 +16,8 @@ def bank_inputs() -> list[io.Input]:
         NegationBankType.Input("retain_bank", optional=True,
                                tooltip="Pictures to keep: the sampler is steered from the negation bank towards these. Optional."),
         NegationBankType.Input("reference_bank", optional=True,
-                               tooltip="The model's own samples, from Sample Reference Bank. Gives the best results. Optional."),
+                               tooltip="The model's own samples, from Sample Reference Bank: harmless pictures then change less. "
+                                       "Optional."),
     ]
 
 
@@ -43,8 +44,8 @@ def check_input() -> io.Input:
 def guidance_inputs() -> list[io.Input]:
     return [
         *folded(io.Combo.Input("method", options=list(METHODS), default=SafeDenoiser.method,
-                       tooltip="safe_denoiser: steers by the banks that are connected (recommended). spell: pushes out of a shield around "
-                               "each picture. official: the rule of the paper's published code; set strength 0.33 and window 0 to 0.22 as "
+                       tooltip="safe_denoiser: steers by what is connected (recommended). spell: pushes out of a shield around each "
+                               "picture. official: the rule of the paper's published code; set strength 0.33 and window 0 to 0.22 as "
                                "published. sld: Guard Model (SLD), preset medium.")),
         io.Float.Input("strength", default=SafeDenoiser.strength, min=0.0, max=10.0, step=0.01,
                        tooltip="How far each prediction is moved: 1 as derived, 0 off (bit for bit the stock sampler), up to 2 for more."),

@@ -21,6 +21,13 @@ NOT_HERE = {  # the user's own files: choices that no list on this machine can h
 NEEDS = {"Tiny digits, check and branch": "ComfySwitchNode"}  # nodes of theirs that not every ComfyUI has
 
 
+def runs_here(workflow, there):
+    """Whether nothing is missing: no model of the user's own, no node."""
+    kinds = {node["type"] for node in workflow["nodes"]} - {"MarkdownNote"}
+    return kinds <= set(there) and not any(value in NOT_HERE for node in workflow["nodes"] for value in node["widgets_values"]
+                                           if isinstance(value, str))
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
     parser.addoption("--write-compatibility", action="store_true", help="write what this run shows of model families into docs/")

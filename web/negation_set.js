@@ -2,6 +2,7 @@
 // whether it is blurred is nobody's business but the page's. Without this file the node works as it did.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { translated, words } from "./words.js";
 
 const KIND = "SafeDenoiserLoadNegationSet", CHOOSE = "choose a set";
 const PICTURES = /\.(png|apng|jpe?g|jfif|webp|bmp|gif|tiff?|avif|hei[cf]|hif|p[pg]m|jp2|tga|ico|zip)$/i;
@@ -13,7 +14,7 @@ const BODY = { method: "POST", headers: { "Content-Type": "application/octet-str
 
 async function ask(route, query, options) {
   const answer = await api.fetchApi(`/safe_denoiser/${route}?${new URLSearchParams(query)}`, options);
-  const found = await answer.json().catch(() => ({ problem: `the server answers ${answer.status}` }));
+  const found = await answer.json().catch(() => ({}));
   return answer.ok ? found : { problem: found.problem ?? `the server answers ${answer.status}` };
 }
 
@@ -28,9 +29,9 @@ function element(kind, style, text = "") {
 
 function drawn(view) {
   const { place, found, said, style, open } = view, shown = open ?? style === "shown";
-  place.querySelector(".safe-denoiser-set-line").textContent = said || found.problem || found.info || "drop pictures here, or choose a set";
+  place.querySelector(".safe-denoiser-set-line").textContent = said || translated(found.problem || found.info || "drop pictures here, or choose a set");
   const grid = place.querySelector(".safe-denoiser-set-grid");
-  grid.title = style === "off" ? "" : shown ? "click to blur" : "click to show";
+  grid.title = style === "off" ? "" : words(shown ? "click to blur" : "click to show");
   // a sixth of a picture's width: as much as the server's own previews are blurred, however large the node is made
   grid.replaceChildren(...(style === "off" ? [] : found.pictures ?? []).map(({ name, picture }) => {
     const tile = element("div", "overflow: hidden; min-width: 0"), frame = element("div", "overflow: hidden; border-radius: 3px; container-type: inline-size");
@@ -52,8 +53,8 @@ function build(node) {
     made.addEventListener("click", act);
     row.append(made);
   };
-  button("add pictures…", () => pick(node));
-  button("new set…", () => makeSet(node));
+  button(words("add pictures…"), () => pick(node));
+  button(words("new set…"), () => makeSet(node));
   const line = element("div", "white-space: pre-wrap; overflow-wrap: anywhere; max-height: 60px; overflow-y: auto; flex: none");
   const rest = element("div", "position: relative; flex: 1 1 auto; min-height: 80px"); // of the node's height, whatever is in it
   const grid = element("div", "position: absolute; inset: 0; display: grid; grid-template-columns: repeat(4, 1fr); grid-auto-rows: max-content; gap: 4px; overflow-y: auto; cursor: pointer");
@@ -72,7 +73,7 @@ function build(node) {
 
 async function look(node, said = "") {
   const view = node.safeDenoiserSet, name = widget(node, "folder")?.value;
-  const slow = setTimeout(() => say(node, "looking at the pictures…"), 700);
+  const slow = setTimeout(() => say(node, words("looking at the pictures…")), 700);
   const found = await ask("set", { name: name ?? "", max: widget(node, "max_images")?.value ?? 0 }).catch(() => ({ problem: "the server does not answer" }));
   clearTimeout(slow);
   if (name !== widget(node, "folder")?.value) return; // chosen anew in the meantime, and asked again
@@ -94,11 +95,11 @@ async function choose(node, name, said = "") {
 }
 
 async function makeSet(node) {
-  const title = "new set", message = "Name of the set: a folder in ComfyUI's input/negation_sets";
+  const title = words("new set"), message = words("Name of the set: a folder in ComfyUI's input/negation_sets");
   const name = await (app.extensionManager?.dialog?.prompt?.({ title, message, defaultValue: "" }) ?? window.prompt(message));
   if (!name) return "";
   const { set, problem } = await ask("set", { name }, BODY);
-  if (problem) say(node, problem);
+  if (problem) say(node, translated(problem));
   else await choose(node, set);
   return set ?? "";
 }
@@ -110,14 +111,14 @@ async function add(node, files) {
   if (pictures.length && !set) return;
   const problems = [];
   for (const [i, file] of [...pictures, ...zips].entries()) {
-    say(node, `adding ${i + 1} of ${files.length}`);
+    say(node, words("adding {0} of {1}", i + 1, files.length));
     const told = await ask("picture", { set, name: file.name }, { ...BODY, body: file }).catch(() => ({ problem: "the server does not answer" }));
-    if (told.problem) problems.push(`${file.name}: ${told.problem}`);
+    if (told.problem) problems.push(`${file.name}: ${translated(told.problem)}`);
     else if (zips.includes(file)) set = told.set;
     else if (told.added) added += 1;
     else already += 1;
   }
-  const parts = [pictures.length && `added ${added}`, already && `${already} already there`, ...problems.slice(0, 5), problems.length > 5 && `and ${problems.length - 5} more that were not added`];
+  const parts = [pictures.length && words("added {0}", added), already && words("{0} already there", already), ...problems.slice(0, 5), problems.length > 5 && words("and {0} more that were not added", problems.length - 5)];
   await choose(node, set, parts.filter(Boolean).join("\n"));
 }
 

@@ -1,6 +1,7 @@
-// What the safe denoiser did, as a text on the node that steered, why a node was refused, and the colours of our wires. Without this file everything else works.
+// What the safe denoiser did, as a text on the node that steered, whether pictures are blurred, why a node was refused, and the colours of our wires. Without this file everything else works.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { translated } from "./words.js";
 
 const TEXT = "safe_denoiser_text", STORE = "safe_denoiser.texts";
 const LINE = 15, MARGIN = 4, FONT = "11px sans-serif"; // pixels
@@ -79,7 +80,7 @@ function write(node, text) {
     });
     widget.serialize = false; // the first keeps it out of the prompt, this out of the workflow
   }
-  widget.element.textContent = text; // names of pictures come from strangers: never as HTML
+  widget.element.textContent = translated(text); // names of pictures come from strangers: never as HTML
   const [width, height] = node.computeSize();
   if (node.size[1] < height) node.setSize([Math.max(width, node.size[0]), height]);
   node.setDirtyCanvas?.(true, true);
@@ -94,15 +95,52 @@ function tell({ detail: { node, prompt_id: prompt, text } }) {
   if (path === shown() && graph === rootGraph().id) for (const one of nodesOf(node)) write(one, text);
 }
 
+// What is said before any run: of Sample Reference Bank, and of a blueprint with one in it, that the first takes longer.
+function foretold() {
+  const samples = (node) => node.comfyClass === "SafeDenoiserSampleReferenceBank" || node.subgraph?.nodes.some(samples);
+  return rootGraph().nodes.filter(samples).map((node) => [node, "the first run draws as many pictures as count says before yours, at the same speed; they are kept"]);
+}
+
 function restore() {
   const now = tabs();
   for (const path of open) if (!now.includes(path)) delete texts[path]; // its tab was closed
   [open, here] = [now, shown()];
   keep();
   const mine = texts[here]?.graph === rootGraph().id ? Object.entries(texts[here].nodes) : [];
-  const told = new Map(mine.flatMap(([id, text]) => [...nodesOf(id)].map((node) => [node, text])));
+  const told = new Map([...foretold(), ...mine.flatMap(([id, text]) => [...nodesOf(id)].map((node) => [node, text]))]);
   for (const node of rootGraph().nodes) if (!told.has(node)) erase(node);
   for (const [node, text] of told) write(node, text);
+}
+
+// --- Blur belongs to the page: a set's picture comes blurred and sharp, and which of them is seen is no reason to run its node again.
+
+const again = new WeakSet(); // what we tell the page ourselves
+
+function look(node) {
+  const { detail, sharp } = node.safeDenoiserSheet ?? {};
+  if (!detail) return;
+  const style = node.widgets.find((one) => one.name === "preview")?.value;
+  const images = { blurred: detail.output.images, shown: sharp, off: [] }[style];
+  const told = { ...detail, output: { ...detail.output, images } };
+  again.add(told);
+  api.dispatchCustomEvent("executed", told);
+  if (style === "off") node.imgs = node.images = undefined; // none are no news to the canvas
+  node.setDirtyCanvas?.(true, true);
+}
+
+function took({ detail }) {
+  const node = detail.output?.safe_denoiser_sharp && !again.has(detail) && [...nodesOf(detail.display_node ?? detail.node)].at(-1);
+  if (!node) return;
+  node.safeDenoiserSheet = { detail, sharp: detail.output.safe_denoiser_sharp };
+  setTimeout(() => look(node)); // after the page has taken it
+}
+
+function blurHere(node) {
+  const preview = node.comfyClass !== "SafeDenoiserReport" && ours(node.comfyClass) && node.widgets?.find((one) => one.name === "preview");
+  if (!preview || preview.serializeValue) return; // Load Negation Set draws its own
+  const before = preview.callback;
+  preview.callback = function (...args) { before?.apply(this, args); look(node); };
+  preview.serializeValue = () => preview.value === "off" ? "off" : "blurred";
 }
 
 // --- Where another part of the workflow can still run, older pages only draw a red line around a node that was refused. This says why.
@@ -147,9 +185,14 @@ app.registerExtension({
       return answer;
     };
     api.addEventListener("safe_denoiser.text", tell);
+    api.addEventListener("executed", took);
     window.addEventListener("pagehide", follow);
     api.addEventListener("promptQueued", () => setTimeout(sayWhatWasRefused, 500)); // after the page has had its say
   },
+  nodeCreated: (node) => setTimeout(() => {
+    blurHere(node);
+    for (const [one, text] of foretold()) if (one === node) write(one, text);
+  }),
   beforeConfigureGraph: follow, // the page still names the workflow that it leaves
   afterConfigureGraph() {
     for (const soon of [200, 1500]) setTimeout(restore, soon); // the page names the workflow that is shown some time after it has shown it

@@ -1,5 +1,6 @@
 """Learn, save and load an unwanted condition: in the tiny world through ComfyUI, as its executor runs nodes (under inference mode)."""
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -94,8 +95,11 @@ def test_stopped_and_gone_on_with_it_is_as_if_it_had_not_been(stop, count, learn
         tell(*args)
 
     monkeypatch.setattr(teller, "__call__", interrupt)
+    said = []
+    monkeypatch.setattr("pack.nodes.live.Live.send", lambda self, text: said.append(text))
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         learn(steps=20, negation_bank=bank)
+    assert re.fullmatch(r"stopped at \d+ of \d+; press Run to go on", said[-1])
     assert list((fresh / "safe_denoiser/conditions").iterdir())
     counted = calls_of(tiny.model, monkeypatch)
     gone_on = learn(steps=20, negation_bank=bank).result[0]

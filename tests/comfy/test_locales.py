@@ -1,7 +1,8 @@
-"""Every node, input and output has its words in every language; the schemas that ComfyUI sees are the measure."""
+"""Every node, input and output has its words in every language, and so has what the page says; the schemas are the measure."""
 import json
 import re
 
+import numpy as np
 import pytest
 
 from dev import ROOT
@@ -18,6 +19,14 @@ def plain(text):
     """What the page shows. Some front ends read | as a plural, @ as a link and braces as a value, and others show what would quote them."""
     assert not re.search(r"[|@{}]", text), text
     return text
+
+
+OTHERS = [language for language in LANGUAGES if language != "en"]
+
+
+def sentences(language):
+    """What web/words.js translates: English -> theirs."""
+    return json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["safeDenoiser"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,7 @@ def test_english_is_what_the_nodes_say(schemas):
                 (one.display_name or one.io_type, one.tooltip)
 
 
-@pytest.mark.parametrize("language", [language for language in LANGUAGES if language != "en"])
+@pytest.mark.parametrize("language", OTHERS)
 def test_the_others_are_translated(language):
     english = words("en")
     for node_id, entry in words(language).items():
@@ -67,3 +76,32 @@ def test_the_others_are_translated(language):
             assert re.search(SCRIPT.get(language, "."), theirs), (node_id, theirs)
             numbers = [re.findall(r"\d+(?:\.\d+)?", re.sub(r"\w*_\d|pooled", "", text)) for text in (theirs, ours)]
             assert set(numbers[0]) >= set(numbers[1]), (node_id, theirs, ours)
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_what_the_page_says_is_translated(language):
+    """All that web/*.js writes itself, and the same sentences in each language, with the same things filled in."""
+    found, code = sentences(language), "".join(path.read_text(encoding="utf-8") for path in (ROOT / "web").glob("*.js"))
+    written = re.findall(r'words\((?:shown \? )?"([^"]+)"', code)
+    assert len(written) > 8 and set(written) <= set(found)
+    assert list(found) == list(sentences(OTHERS[0]))
+    for english, theirs in found.items():
+        assert theirs != english and not (language in SCRIPT and theirs.isascii()), english
+        assert sorted(re.findall(r"\{\d\}", theirs)) == sorted(re.findall(r"\{\d\}", english)), english
+        assert set(re.findall(r"\d+(?:\.\d+)?", theirs)) == set(re.findall(r"\d+(?:\.\d+)?", english)), english
+
+
+def test_what_a_run_says_has_a_sentence():
+    """Each sentence on a node fits one of the table, so that it is not in English only."""
+    from pack.safe_denoiser import sentence
+    from pack.safe_denoiser.gain import VERDICT
+
+    patterns = [re.compile(re.sub(r"\\{\d\\}", "(.+?)", re.escape(english))) for english in sentences("zh")]
+    summary = {"model_calls": 20, "fallbacks": 0, "corrected_calls": 20, "posterior": 0.0, "correction": 0.0}
+    far, near = np.full((20, 4), 0.2), np.zeros((20, 4))
+    said = [sentence.afterwards(summary, far, True, what, most) for what in ("", "“blood”") for most in ("", "a.png")]
+    said += [sentence.afterwards(summary | changed, near, True, what) for what in ("", "“blood”") for changed in (
+        {}, {"posterior": 0.2, "correction": 0.01}, {"posterior": 0.9, "correction": 0.01}, {"corrected_calls": 0})]
+    said += [sentence.left(3, 9, seconds) for seconds in (20, 200)] + [f"{VERDICT}: no (30%); connect one that asks for what they show"]
+    for line in said:
+        assert line and any(pattern.fullmatch(line) for pattern in patterns), line

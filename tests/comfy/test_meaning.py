@@ -168,7 +168,7 @@ def test_curate_by_text(run, clip, mixed):
     assert digits_of(kept).count(7) >= 9 and len(kept) <= 12
     assert info.startswith(f"{len(kept)} kept, {100 - len(kept)} dropped\n") and len(info.splitlines()) == 101
     assert info.splitlines()[1].endswith(": kept") and info.splitlines()[-1].endswith(": dropped, below 0.5")
-    assert len(output.ui.as_dict()["images"]) == 1
+    assert len(output.ui["images"]) == 1
     few = run("CurateNegationSet", clip=clip, negation_set=mixed, text="a seven", top_k=5, diverse_k=2, threshold=0.0, preview="off")
     assert len(few.result[0]) == 2 and few.ui is None and set(digits_of(few.result[0])) == {7}
     with pytest.raises(ValueError, match="none of 100 pictures scores 0.99999.* or more; the best is .*png with .*lower the threshold"):
@@ -235,7 +235,7 @@ def test_where_nothing_separates_the_text_is_empty_and_the_table_says_why(descri
     first, second = (set_of(digits, *range(10), start=start, count=25) for start in (0, 25))
     output = describe(first, retain_set=second, preview="shown")
     assert output.result[0] == "" and output.result[1].startswith("250 pictures, 250 of contrast: no phrase describes the set and ")
-    assert len(output.ui.as_dict()["images"]) == 1
+    assert len(output.ui["images"]) == 1
     text, table = describe(first.take([0]), retain_set=second.take([3])).result
     assert text == "" and "too few to tell 10 phrases from chance" in table
 
@@ -267,11 +267,12 @@ def test_the_sheet_shows_pictures_of_each_phrase(describe, digits, monkeypatch):
     monkeypatch.setattr("pack.safe_denoiser.sheets.sheet", lambda shown, *args: seen.append(args) or Image.new("RGB", (8, 8)))
     shown, others = set_of(digits, 3, 7), set_of(digits, 1, 2, 4)
     output = describe(shown, retain_set=others, preview="blurred")
-    (rows, lines, blurred, captions), = seen
-    assert len(output.ui.as_dict()["images"]) == 1 and blurred and lines == [output.result[0]] and 16 <= len(rows) == len(set(rows)) <= 24
+    (rows, lines, blurred, captions), sharp = seen
+    assert sharp == (rows, lines, False, captions) and len(output.ui["safe_denoiser_sharp"]) == 1, "the page shows which it likes"
+    assert len(output.ui["images"]) == 1 and blurred and lines == [output.result[0]] and 16 <= len(rows) == len(set(rows)) <= 24
     assert all(re.fullmatch(r"[01]\.\d\d \w+", caption) for caption in captions)
     assert sum(caption.endswith("three") for caption in captions) == sum(caption.endswith("seven") for caption in captions) == 8
-    assert describe(shown, retain_set=others).ui is None and len(seen) == 1, "off draws nothing"
+    assert describe(shown, retain_set=others).ui is None and len(seen) == 2, "off draws nothing"
 
 
 def test_the_table_is_on_the_node(describe, digits, monkeypatch):

@@ -67,7 +67,7 @@ def test_a_set_with_its_preview(run, sets):
     for style, images in (("blurred", 1), ("shown", 1), ("off", 0)):
         output = run("LoadNegationSet", folder="people/alice", preview=style)
         assert len(output.result[0]) == 2 and output.result[1] == describe + "\nskipped c.png: empty file"
-        assert len(output.ui.as_dict()["images"] if output.ui else []) == images
+        assert len(output.ui["images"] if output.ui else []) == images
     assert len(run("LoadNegationSet", folder="people/alice", max_images=1, preview="off").result[0]) == 1
 
 
@@ -96,7 +96,7 @@ def test_zip_files_and_saved_banks_are_sets(pack, run, tiny, sets, comfy):
     def load(name, **choices):
         assert pack["SafeDenoiserLoadNegationSet"].validate_inputs(folder=name) is True
         output = run("LoadNegationSet", folder=name, **choices)
-        assert len(output.ui.as_dict()["images"]) == 1
+        assert len(output.ui["images"]) == 1
         return output.result[0]
 
     assert load("packed.zip").fingerprints == load("people").fingerprints
