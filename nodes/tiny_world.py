@@ -19,6 +19,19 @@ def worlds() -> dict[str, list[Path]]:
     return {world: files for world, files in found.items() if len(files) == len(MODELS)}
 
 
+def by_places(model):
+    """The same model; where each place of its latents is a token, with the right number of them: ComfyUI's SD 3 rounds a side up to its
+    patches by (side + 1) // patch, which for patches of one place is one too many.
+    """
+    network = model.model.diffusion_model
+    if network.x_embedder.patch_size[0] != 1:
+        return model
+    positions, together = network.cropped_pos_embed, network.unpatchify
+    model.add_object_patch("diffusion_model.cropped_pos_embed", lambda hw, device=None: positions([side - 1 for side in hw], device))
+    model.add_object_patch("diffusion_model.unpatchify", lambda x, hw: together(x, [side - 1 for side in hw]))
+    return model
+
+
 class LoadTinyWorld(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -37,7 +50,7 @@ class LoadTinyWorld(io.ComfyNode):
         if world not in (there := worlds()):
             raise ValueError(f"there is no tiny world {printable(repr(world))} in this copy of the pack; choose one of: {', '.join(there)}")
         model, vae = map(str, there[world])
-        return io.NodeOutput(comfy.sd.load_diffusion_model(model), comfy.sd.VAE(sd=comfy.utils.load_torch_file(vae)))
+        return io.NodeOutput(by_places(comfy.sd.load_diffusion_model(model)), comfy.sd.VAE(sd=comfy.utils.load_torch_file(vae)))
 
 
 def list_what_is_asked_for(data: dict) -> dict:
