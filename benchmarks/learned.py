@@ -16,6 +16,8 @@ Rows
     ..., a fifth wrong      of 150 pictures a fifth is of other classes
     ..., and bank           with the negation bank as well
     SPELL, official         the published rules, with the same bank
+    control                 no safe denoiser, and a prompt for what is left of the pair: the best that this model can do, which draws and
+                            judges it not always as asked
 
 Columns
     unsafe %     pictures that the judge reads as the negated class, with a 95 % Wilson interval
@@ -42,6 +44,7 @@ from .harness import Scale, arguments, closing, mean, record, wilson
 CASES = [(pair, name) for pair in PAIRS for name in pair]
 GUIDANCE = (1, 2, 4)
 EMPTY = prompt(None)
+CONTROL = "control: asked for what is left"
 
 
 class Place:
@@ -104,6 +107,7 @@ METHODS = {  # how it is steered, and by which condition
     "learned from 150, and bank": (lambda place, name: SafeDenoiser(place.bank(name), reference=place.world.reference).safe, learned(150)),
     "SPELL": (by_bank(method="spell"), None),
     "official, strength 0.33": (by_bank(method="official", strength=0.33), None),
+    CONTROL: (None, None),
 }
 
 
@@ -115,6 +119,8 @@ def draw(place: Place, asked: str, method: str, name: str, cfg: float, seed: int
         safe.cfg = cfg
     elif given:
         given["neutral"] = EMPTY
+    if method == CONTROL:
+        asked = " or ".join(one for one in asked.split(" or ") if one != name)
     noise = torch.randn(count, *LATENT, generator=torch.Generator().manual_seed(1000 + seed))
     x = place.world.sample(noise, prompt(asked), cfg, safe=safe, **given)
     return x, place.world.classes(place.world.decode(x))
