@@ -60,7 +60,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--limit", type=int, default=0, help="a first look: this many pictures of each kind per row")
     add("--seeds", type=int, default=3, help="where there are no prompts: seeds")
     add("--pictures", type=int, default=100, help="where there are no prompts: pictures per case and seed")
-    add("--batch", type=int, default=0, help="pictures at a time, of one prompt; halved by itself where memory does not suffice")
+    add("--batch", type=int, default=0, help="pictures of one prompt at a time; halved by itself where memory does not suffice; default: 4")
     for name, kind in (("steps", int), ("cfg", float), ("width", int), ("height", int), ("sampler", str), ("scheduler", str)):
         add(f"--{name}", type=kind)
     add("--clip-judge", help="open_clip's architecture:tag, or local-dir:FOLDER; default: ViT-L-14:openai, of the tiny world its own")
@@ -275,7 +275,7 @@ def main(arguments_=None) -> int:
     about = hashes(setup, runner) | said
     same_run(out, setup, about)
     cases = run.limited(cases, options.limit)
-    batch = options.batch or (50 if options.tiny else 1)
+    batch = options.batch or (50 if options.tiny else 4)
     failed, stopped = {}, False
     try:
         failed = run.sample(setup, rows, cases, runner, out, batch, lambda line: print(line, flush=True))
