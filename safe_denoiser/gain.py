@@ -91,7 +91,8 @@ class Gain:
         gains = self.by_level_and_picture - self.by_level_and_picture.mean(1, keepdim=True)
         chance = gains.var(0).mean() / len(gains) if len(gains) > 1 else gains.new_zeros(())
         spread = (gains.mean(0).var() - chance).clamp_min(1e-20).sqrt()
-        return float(torch.special.ndtr(self.by_picture.mean() / spread))
+        mean = self.by_picture.mean()
+        return float(torch.special.ndtr(mean / spread)) if mean else 0.0  # none, where nothing is gained or lost
 
 
 @dataclass(frozen=True, eq=False)

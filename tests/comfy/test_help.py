@@ -37,6 +37,8 @@ def test_pages_can_be_read_in_a_narrow_panel(schemas):
     for node_id in schemas:
         assert not re.search(r"^\|", page(node_id), re.MULTILINE), node_id
         assert max(map(len, page(node_id).splitlines())) < 600, node_id
+        words = re.findall(r"\S+", re.sub(r"!?\[(.*?)\]\(.*?\)", r"\1", page(node_id)))
+        assert [word for word in words if len(word) > 32] == [], "what cannot be broken sticks out"
 
 
 def test_pages_say_what_and_when_and_show_the_node(schemas):

@@ -78,12 +78,22 @@ def gain_of(*pictures):
     (gain_of(*[0.8] * 16), gain_of(*[0.95] * 8, *[1.2] * 8), "broadly"),
     (gain_of(*[0.8] * 8, *[1.1] * 8), gain_of(*[1.1] * 16), "partly"),
     (gain_of(*[1.1] * 16), gain_of(*[0.8] * 16), "no"), (gain_of(*[1.1] * 16), gain_of(*[1.1] * 16), "no"),
-    (gain_of(*[0.8] * 16), gain_of(*[0.81, 0.79] * 8), "no"),
+    (gain_of(*[0.8] * 16), gain_of(*[0.81, 0.79] * 8), "no"), (gain_of(*[1.0] * 16), gain_of(*[1.0] * 16), "no"),
 ])
 def test_the_verdict(set_, others, kind):
     check = Check(set_, others)
     assert check.kind == kind and check.sentence.startswith("the condition explains your pictures: ")
     assert plot(check, [(0, 0.0), (10, 0.1)]).size == (720, 300)
+
+
+def test_the_share_is_the_pictures_and_not_their_noises():
+    """All pictures gain a little, and at each level noise five times as large hides it from the signs; or half of them gain, half lose."""
+    draw = torch.Generator().manual_seed(0)
+    noise = 0.1 * torch.randn(5, 400, generator=draw)
+    little = Gain(torch.ones(5, 400), 0.98 + noise, torch.ones(5, 400))
+    halves = Gain(torch.ones(5, 400), 1 + 0.2 * torch.tensor([1, -1]).repeat(200) + noise, torch.ones(5, 400))
+    assert float((little.by_picture > 0).float().mean()) < 0.75 and little.share > 0.85
+    assert halves.share == pytest.approx(0.5, abs=0.05)
 
 
 def test_the_gain_is_its_formula(world):
