@@ -20,7 +20,8 @@ GROWTH = 2.0  # times, at most, that the first call's share makes the later ones
 DOUBT = 0.05  # of the squared difference of two noise predictions, by which the log odds fall: once they clearly differ, x is not unsafe
 PRIOR = 0.1  # share of unsafe pictures where no prompt says anything
 SILENT = 1e-3  # a prompt that moves the prediction by less than this share of what the unwanted condition does (squared) says nothing
-REACH = 3.0  # times |E_n - E_0|, at most, that E_safe is away from E_n; by right once to twice, while x leaves it open what it shows
+REACH = 6.0  # times |E_n - E_0|, at most, that E_safe is away from E_n; by right once to twice, while x leaves it open what it shows
+GUIDED = 2.0  # times that guidance weighs E_c, up to which it divides REACH: what is exaggerated it exaggerates again
 NOISE = 0.1  # signal to noise, in power, below which x tells next to nothing
 RELEASE = 0.8, 0.95  # `closeness` of a prompt to the unwanted condition: where its guidance begins to be let go, and where all is
 
@@ -77,16 +78,16 @@ def share(t: Tensor, apart: Tensor, begun: Tensor, prior: float = PRIOR) -> Tens
     return CAUTION * r / (1 - r + CAUTION * r)
 
 
-def within_reach(conditional: Tensor, neutral: Tensor, unwanted: Tensor) -> Tensor:
-    """1 - |E_c - E_n| / (REACH |E_n - E_0|), at least 0, (B,): the r with which |E_safe - E_n| = |E_c - E_n| / (1 - r) is REACH times
-    |E_n - E_0|. Ours.
+def within_reach(conditional: Tensor, neutral: Tensor, unwanted: Tensor, gain: Tensor) -> Tensor:
+    """1 - |E_c - E_n| / (reach |E_n - E_0|), at least 0, (B,): the r with which |E_safe - E_n| = |E_c - E_n| / (1 - r) is reach times
+    |E_n - E_0|; reach = REACH / w, w how many times guidance weighs E_c, from 1 to GUIDED. Ours.
 
     E_safe is a mean of pictures, and about as far from the unwanted ones as what the model makes else. A trained network's predictions
     under all conditions draw together as noise falls, whatever the picture shows: then E_c near E_n is no sign that it is unsafe, and a
     larger r would exaggerate what little they differ in until colours saturate.
     """
     near, far = (squared_length(unwanted - y).sqrt() for y in (conditional, neutral))
-    return (1 - near / (REACH * far)).clamp_min(0)
+    return (1 - gain.clamp(1, GUIDED) * near / (REACH * far)).clamp_min(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,7 @@ class ByWitness(Rule):
 
         o_k = max_{j <= k} odds(share_j) gap_j / gap_k
         logit r = log o_k + TRUST (log p_u(x) - log p_others(x)) - DOUBT (alpha / sigma)^2 |E_c - E_n|_k^2
-        r <= posterior_max,   r <= 1 - |E_c - E_n| / (REACH |E_n - E_0|)
+        r <= posterior_max,   r <= 1 - w |E_c - E_n| / (REACH |E_n - E_0|), this w at most GUIDED
         safe_denoised = denoised + w r / (1 - r) (E_c - E_n)
 
     share_j is the `share` at the j-th call of a run, w how many times guidance weighs E_c. Since E_c - E_n = (1 - r) (E_safe - E_n), a
@@ -138,10 +139,10 @@ class ByWitness(Rule):
         kept = asked if zero is None else torch.lerp(asked, zero, free[:, None])
         told = torch.lerp(told, torch.full_like(told, self.prior), free).clamp(0, SURE)
         r = torch.sigmoid(self._log_odds(p, kept, [y for y in (zero, wiener) if y is not None], told / (1 - told), memory))
-        capped = r.clamp_max(self.posterior_max)
+        capped, gain = r.clamp_max(self.posterior_max), self._gain(p, free)
         if zero is not None:
-            capped = capped.minimum(within_reach(kept, zero, p.unwanted))
-        direction = self._gain(p, free)[:, None] * from_witness(kept, p.unwanted, capped)
+            capped = capped.minimum(within_reach(kept, zero, p.unwanted, gain))
+        direction = gain[:, None] * from_witness(kept, p.unwanted, capped)
         if zero is not None:
             direction = direction + free[:, None] * (zero - p.denoised)
         return Correction.unasked(direction, capped, r > self.posterior_max, t)

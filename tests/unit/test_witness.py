@@ -262,10 +262,12 @@ def test_odds_are_bounded():
 
 def test_the_safe_prediction_stays_within_reach_of_what_the_model_makes_else():
     conditional, neutral, unwanted = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]), torch.zeros(1, 2)
-    r = within_reach(conditional, neutral, unwanted)
-    safe = conditional + from_witness(conditional, unwanted, r)
-    torch.testing.assert_close((safe - unwanted).norm(), REACH * (unwanted - neutral).norm())
-    assert within_reach(unwanted + 7 * neutral, neutral, unwanted) == 0 and within_reach(unwanted, neutral, unwanted) == 1
+    for cfg, reach in ((1.0, REACH), (2.0, REACH / 2), (7.0, REACH / 2)):
+        r = within_reach(conditional, neutral, unwanted, torch.tensor([cfg]))
+        safe = conditional + from_witness(conditional, unwanted, r)
+        torch.testing.assert_close((safe - unwanted).norm(), reach * (unwanted - neutral).norm())
+    one = torch.ones(1)
+    assert within_reach(unwanted + 7 * neutral, neutral, unwanted, one) == 0 and within_reach(unwanted, neutral, unwanted, one) == 1
 
 
 def test_pictures_of_a_trained_model_are_not_exaggerated():
