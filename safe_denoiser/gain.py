@@ -88,10 +88,10 @@ class Gain:
         Levels have noise of their own, so that s^2 is what varies alike at all of them, the mean covariance of two levels; the sign of one
         picture's gain is as often the noise's as the picture's.
         """
-        gains = self.by_level_and_picture - self.by_level_and_picture.mean(1, keepdim=True)
+        gains, mean = self.by_level_and_picture, self.by_picture.mean()
+        gains = gains - gains.mean(1, keepdim=True)
         chance = gains.var(0).mean() / len(gains) if len(gains) > 1 else gains.new_zeros(())
         spread = (gains.mean(0).var() - chance).clamp_min(1e-20).sqrt()
-        mean = self.by_picture.mean()
         return float(torch.special.ndtr(mean / spread)) if mean else 0.0  # none, where nothing is gained or lost
 
 

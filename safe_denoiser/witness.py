@@ -124,9 +124,8 @@ class ByWitness(Rule):
 
     @classmethod
     def of(cls, view: View) -> "ByWitness":
-        banks, widest = ByGaussians.of(view), view.other or view.bank
+        banks, widest = ByGaussians.of(view) if view.sees else None, view.other or view.bank
         model = banks.other if banks else widest and fit(widest)
-        banks = banks if view.sees else None
         return cls(banks, model, model is not None and view.other is not None, view.settings.prior or PRIOR, view.settings.posterior_max)
 
     def correct(self, p: Prediction, memory: dict) -> Correction:
