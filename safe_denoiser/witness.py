@@ -23,7 +23,7 @@ SILENT = 1e-3  # a prompt that moves the prediction by less than this share of w
 REACH = 6.0  # times |E_n - E_0|, at most, that E_safe is away from E_n; by right once to twice, while x leaves it open what it shows
 GUIDED = 2.0  # times that guidance weighs E_c, up to which it divides REACH: what is exaggerated it exaggerates again
 NOISE = 0.1  # signal to noise, in power, below which x tells next to nothing
-RELEASE = 0.8, 0.95  # `closeness` of a prompt to the unwanted condition: where its guidance begins to be let go, and where all is
+RELEASE = 0.85, 1.0  # t where the unwanted thing begins to be taken out of what a prompt asks for, and where it all is; of a half it tells less
 
 
 def from_witness(conditional: Tensor, unwanted: Tensor, r: Tensor) -> Tensor:
@@ -90,6 +90,16 @@ def within_reach(conditional: Tensor, neutral: Tensor, unwanted: Tensor, gain: T
     return (1 - gain.clamp(1, GUIDED) * near / (REACH * far)).clamp_min(0)
 
 
+def without(conditional: Tensor, neutral: Tensor, unwanted: Tensor, released: Tensor) -> Tensor:
+    """E_c - f (E_n - E_0), (B, D), f = `released` (B,): what the prompt asks for beside the unwanted thing.
+
+    A prompt for "a bright truck" has no safe part, of which E_c would be a mixture with E_n; it asks for two things at once. With f = 1 this is
+    the prediction of p(x | prompt) p(x) / p(x | unwanted), which where the two are independent is that of "bright" alone, and where the
+    prompt asks for nothing else that of no prompt. Source: concept negation, arXiv:2206.01714, Sec. 4.
+    """
+    return conditional - released[:, None] * (unwanted - neutral)
+
+
 @dataclass(frozen=True, eq=False)
 class ByWitness(Rule):
     """r by what the model itself predicts under the unwanted condition, and E_u too.
@@ -105,8 +115,10 @@ class ByWitness(Rule):
     where there are two that distances tell apart, as those of drawings (of photographs they would say what colours and light say, and let
     unwanted ones through); the last term is the evidence that two noise predictions give against each other once the noise is low enough.
 
-    A prompt that from the start asks for the unwanted thing itself (a closeness 1 - sqrt(gap) from RELEASE[0] to RELEASE[1]) lets go of its
-    guidance: then E_0 takes the place of E_c. Where no prompt says anything (E_c = E_0) the share is `prior`.
+    A prompt that asks for the unwanted thing alone, or for it and more, is all unsafe: as t goes from RELEASE[0] to RELEASE[1], what it asks
+    for `without` that takes the place of E_c, and the share is `prior`. In the metric of the model's own pictures t nears 1 under such
+    prompts as soon as x shows a little, and stays below where a prompt has safe pictures; without one, 1 - sqrt(gap) at the first call
+    stands for it, which finds only the thing alone. Where no prompt says anything (E_c = E_0) the share is `prior` too.
     Source of the correction: arXiv:2502.08011, Thm 3.2; r is ours.
 
     Args:
@@ -134,28 +146,26 @@ class ByWitness(Rule):
         asked = p.denoised if p.conditional is None else p.conditional
         zero = p.unconditional if p.neutral is None else p.neutral
         wiener = self.model.denoised(p.x, p.sigma, p.alpha) if self.others else None
-        t, told, free = self._asks(p, asked, zero, wiener, memory)
-        kept = asked if zero is None else torch.lerp(asked, zero, free[:, None])
-        told = torch.lerp(told, torch.full_like(told, self.prior), free).clamp(0, SURE)
+        t, told, released = self._asks(p, asked, zero, wiener, memory)
+        kept = asked if zero is None else without(asked, zero, p.unwanted, released)
         r = torch.sigmoid(self._log_odds(p, kept, [y for y in (zero, wiener) if y is not None], told / (1 - told), memory))
-        capped, gain = r.clamp_max(self.posterior_max), self._gain(p, free)
+        capped, weighed = r.clamp_max(self.posterior_max), self._weighed(p)
+        push = torch.lerp(weighed, torch.ones_like(weighed), released)  # by the prior: what is not asked for is not guided
         if zero is not None:
-            capped = capped.minimum(within_reach(kept, zero, p.unwanted, gain))
-        direction = gain[:, None] * from_witness(kept, p.unwanted, capped)
-        if zero is not None:
-            direction = direction + free[:, None] * (zero - p.denoised)
+            capped = capped.minimum(within_reach(kept, zero, p.unwanted, push))
+        direction = weighed[:, None] * (kept - asked) + push[:, None] * from_witness(kept, p.unwanted, capped)
         return Correction.unasked(direction, capped, r > self.posterior_max, t)
 
     def _asks(self, p: Prediction, asked: Tensor, zero: Tensor | None, wiener: Tensor | None, memory: dict) -> tuple[Tensor, ...]:
-        """t, the share that it tells, and how far the prompt is left aside: because it says nothing (1), or asks for nothing but the
-        unwanted thing; (B,) each.
-        """
+        """t, the share that it tells, and how much of the unwanted thing is to be taken out of what the prompt asks for, (B,) each."""
         if zero is not None:
             t, apart = (of(asked, zero, p.unwanted, self.model) for of in (coordinate, gap))
             begun = first(memory, "gap", p.sigma, apart)
-            release = (1 - begun.sqrt() - RELEASE[0]) / (RELEASE[1] - RELEASE[0])
-            says = (asked - zero).square().sum(1) > SILENT * (p.unwanted - zero).square().sum(1)
-            return t, share(t, apart, begun, self.prior), torch.where(says, release.clamp(0, 1), 1.0)
+            alone = t if self.model is not None else 1 - begun.sqrt()
+            released = ((alone - RELEASE[0]) / (RELEASE[1] - RELEASE[0])).clamp(0, 1)
+            silent = (asked - zero).square().sum(1) <= SILENT * (p.unwanted - zero).square().sum(1)
+            told = torch.lerp(share(t, apart, begun, self.prior), torch.full_like(t, self.prior), torch.where(silent, 1, released))
+            return t, told.clamp(0, SURE), released
         begins = p.sigma >= first(memory, "begins", p.sigma, p.sigma)
         t = torch.full_like(p.sigma, self.prior)
         if wiener is not None:  # it stands in for E_0 while x tells nothing; later it lacks the detail that E_c and E_n share
@@ -163,7 +173,7 @@ class ByWitness(Rule):
             blind = p.alpha.square() * self.model.level < NOISE * p.sigma.square()
             t = torch.where(blind, self.prior + (1 - self.prior) * told, t)  # E_c = E_0 is r = prior
         t = torch.where(begins, t, 0)
-        return t, t, torch.zeros_like(t)
+        return t, t.clamp(0, SURE), torch.zeros_like(t)
 
     def _log_odds(self, p: Prediction, kept: Tensor, seen_from: list[Tensor], odds: Tensor, memory: dict) -> Tensor:
         """logit r, (B,), of a prediction whose share alone gives `odds`."""
@@ -176,9 +186,11 @@ class ByWitness(Rule):
             logit = logit + self.banks.log_ratio(p)
         return logit - DOUBT * (p.alpha / p.sigma).square() * apart
 
-    def _gain(self, p: Prediction, free: Tensor) -> Tensor:
-        """<denoised - E_0, E_c - E_0> / |E_c - E_0|^2, (B,): how many times guidance weighs E_c, whatever guidance it is; 1 without."""
-        one = torch.ones_like(p.sigma)
+    def _weighed(self, p: Prediction) -> Tensor:
+        """<denoised - E_0, E_c - E_0> / |E_c - E_0|^2, (B,): how many times guidance weighs E_c, whatever guidance it is; 1 without, and where
+        the prompt says nothing.
+        """
         if p.unconditional is None or p.conditional is None:
-            return one
-        return torch.lerp(projection(p.denoised, p.conditional, p.unconditional).clamp_min(0), one, free)
+            return torch.ones_like(p.sigma)
+        weighed = projection(p.denoised, p.conditional, p.unconditional).clamp_min(0)
+        return torch.where((p.conditional == p.unconditional).all(1), 1, weighed)
