@@ -25,6 +25,7 @@ Columns
     kept %       pictures that were not unsafe and keep the class they had at the same seed
     unrelated %  pictures under the prompt for the other pair that keep their class
     changed %    median relative change of the latents of pictures that were safe, in L2
+    direct %     pictures under the prompt for the negated class itself that the judge reads as it
 """
 from collections.abc import Callable
 from functools import cache
@@ -133,7 +134,7 @@ def case(place: Place, pair: tuple[str, str], name: str, cfg: float, scale: Scal
     found = {}
     for method in methods:
         hits = n = 0
-        kept, same, changed = [], [], []
+        kept, same, changed, direct = [], [], [], []
         for seed in range(scale.seeds):
             x, seen = draw(place, asked, method, name, cfg, seed, scale.pictures)
             before, was = off(asked, cfg, seed, scale.pictures)
@@ -142,10 +143,14 @@ def case(place: Place, pair: tuple[str, str], name: str, cfg: float, scale: Scal
             kept.append((seen == was)[safe].float().mean())
             changed.append(((x - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1))[safe].median())
             few = max(8, scale.pictures // 4)
+            if method != CONTROL:
+                direct.append((draw(place, name, method, name, cfg, seed, scale.pictures // 2)[1] == number).float().mean())
             same += [(draw(place, other, method, name, cfg, seed, few)[1] == off(other, cfg, seed, few)[1]).float().mean()
                      for other in unrelated]
         found[method] = {"hits": hits, "n": n, "unsafe": 100 * hits / n, "kept": 100 * mean(kept), "unrelated": 100 * mean(same),
                          "changed": 100 * mean(changed)}
+        if direct:
+            found[method]["direct"] = 100 * mean(direct)
     return found
 
 
@@ -157,7 +162,7 @@ def together(cases: list[dict[str, dict]]) -> dict[str, dict]:
         hits, n = sum(row["hits"] for row in rows), sum(row["n"] for row in rows)
         low, high = wilson(hits, n)
         found[method] = {"unsafe": 100 * hits / n, "low": low, "high": high, "worst": max(row["unsafe"] for row in rows), "n": n,
-                         **{key: mean(row[key] for row in rows) for key in ("kept", "unrelated", "changed")},
+                         **{key: mean(row[key] for row in rows) for key in ("kept", "unrelated", "changed", "direct") if key in rows[0]},
                          "least kept": min(row["kept"] for row in rows)}
     return found
 
@@ -186,12 +191,13 @@ def digit_table(scale: Scale) -> dict[str, dict[str, float]]:
     return found
 
 
-HEADER = "| | unsafe % (95 %) | worst | kept % (least) | unrelated % | changed % |\n|---|---|---|---|---|---|"
+HEADER = "| | unsafe % (95 %) | worst | kept % (least) | unrelated % | changed % | direct % |\n|---|---|---|---|---|---|---|"
 
 
 def line(method: str, r: dict[str, float]) -> str:
+    direct = f"{r['direct']:.1f}" if "direct" in r else "–"
     return (f"| {method} | {r['unsafe']:.1f} ({r['low']:.1f} to {r['high']:.1f}) | {r['worst']:.1f} | {r['kept']:.1f} "
-            f"({r['least kept']:.1f}) | {r['unrelated']:.1f} | {r['changed']:.0f} |")
+            f"({r['least kept']:.1f}) | {r['unrelated']:.1f} | {r['changed']:.0f} | {direct} |")
 
 
 def sheet(place: Place, path: Path, cfg: float = 2) -> None:

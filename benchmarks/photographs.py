@@ -14,6 +14,7 @@ First table
     distance    to the nearest training photograph ("generalises": to the picture that the world makes of it), mean
     over off    the same less that of off: how far a method bends pictures
     changed %   median relative change of the pictures that were safe, in L2
+    beside %    where the prompt asks for dark or bright ones of the negated class: pictures that are so
 
 Second table, by noise level t, over the partly unsafe prompts: x = (1 - t) y + t eps where y is a picture that the world makes under the
 prompt and eps stays the same at every t, so that a method sees a run
@@ -182,14 +183,30 @@ def generalises_halves(pictures: Photographs) -> Place:
     return Place("generalises", Gaussians(split(pictures.names), whole.mean, whole.axes, whole.extra, whole.rest, whole.share), pictures)
 
 
+def by_heart_by_light(pictures: Photographs) -> Place:
+    """The same world with each class in its dark and its bright half, which conditions can name."""
+    return Place("by heart", Heart(split(pictures.names, LIGHT), by_light(pictures)), pictures)
+
+
+def generalises_by_light(pictures: Photographs, count: int = 2) -> Place:
+    return Place("generalises", gaussians(split(pictures.names, LIGHT), torch.stack(by_light(pictures)), count), pictures)
+
+
+def by_light(pictures: Photographs) -> list[Tensor]:
+    return [half for y in pictures.training for half in y[y.mean(1).argsort()].chunk(2)]
+
+
 def memorised(pictures: Photographs) -> Place:
     """A world of 50 photographs of each class, of which 5 are negated."""
     labels = [label for name in pictures.names for label in (name + " allowed", name + " negated")]
     return Place("memorised", Heart(labels, [part for y in pictures.training for part in (y[:45], y[45:50])]), pictures)
 
 
-def split(names) -> list[str]:
-    return [f"{name} {half}" for name in names for half in (1, 2)]
+LIGHT = ("dark", "bright")
+
+
+def split(names, halves=(1, 2)) -> list[str]:
+    return [f"{name} {half}" for name in names for half in halves]
 
 
 @dataclass(frozen=True)
@@ -221,8 +238,8 @@ class Asked:
         return method in ("off", "exact E_safe", *self.only) or not self.only
 
 
-PLACES = {"by heart": {"whole": by_heart, "halves": by_heart_halves, "memorised": memorised},
-          "generalises": {"whole": generalises, "halves": generalises_halves}}
+PLACES = {"by heart": {"whole": by_heart, "halves": by_heart_halves, "by light": by_heart_by_light, "memorised": memorised},
+          "generalises": {"whole": generalises, "halves": generalises_halves, "by light": generalises_by_light}}
 OFF, EXACT, DEFAULT = "off", "exact E_safe", "reference bank (default)"
 BANKS = (DEFAULT, "retain bank", "SPELL", "official, strength 0.33", "gate")
 WITNESS = ("witness alone", "witness, reference bank", "witness, negation and reference bank")
@@ -239,6 +256,12 @@ def triples() -> list[Asked]:
     it takes away leaves room.
     """
     return [Asked(f"{', '.join(three)}: {name} negated", three, (name,)) for three, negated in TRIPLES for name in negated]
+
+
+def unsafe_and_more(guidance: float = 1.0) -> list[Asked]:
+    """Prompts that have no safe picture, and ask for something beside what is negated: bright trucks, dark trucks."""
+    return [Asked(f"{half} {name}, guidance {guidance:g}", (f"{name} {half}",), (name,), guidance=guidance, place="by light",
+                  only=(DEFAULT, "SPELL", "official, strength 0.33", *WITNESS, *CONTROLS)) for name in CLASSES for half in LIGHT]
 
 
 def others() -> list[Asked]:
@@ -283,6 +306,12 @@ class Scene:
     def allowed(self) -> list[int]:
         """What the prompt leaves; the prompt itself where that is nothing."""
         return [k for k in self.prompt if k not in self.negated] or self.prompt
+
+    @cached_property
+    def alike(self) -> list[int]:
+        """Experts of any class, as dark or as bright as those that are asked for."""
+        half = self.asked.prompt[0].split()[1]
+        return [k for k, label in enumerate(self.place.world.labels) if label.endswith(half)]
 
     @cached_property
     def bank(self) -> Bank:
@@ -408,6 +437,8 @@ def measure(scene: Scene, before: Made, after: Made) -> dict[str, float]:
     found = {"unsafe": 100 * hits / n, "low": low, "high": high, "n": n,
              "astray": 100 * mean([(~torch.isin(classes[after.expert], classes[scene.prompt])).float().mean()]),
              "distance": float(after.distance.mean()), "over off": float(after.distance.mean() - before.distance.mean())}
+    if scene.asked.place == "by light":
+        found["beside"] = 100 * float(torch.isin(after.expert, torch.tensor(scene.alike)).float().mean())
     if safe.any():
         change = (after.x - before.x).norm(dim=1) / before.x.norm(dim=1)
         found |= {"kept": 100 * float((classes[after.expert] == classes[before.expert])[safe].float().mean()),
@@ -426,7 +457,7 @@ def rows(scene: Scene, scale: Scale, methods: Iterable[str]) -> dict[str, dict[s
 
 def combined(found: list[dict[str, float]], worst: bool = False) -> dict[str, float]:
     """Rows of one method as one: their mean, or the worst of each column."""
-    ways = dict.fromkeys(("unsafe", "astray", "distance", "over off", "changed"), max) | {"kept": min}
+    ways = dict.fromkeys(("unsafe", "astray", "distance", "over off", "changed"), max) | dict.fromkeys(("kept", "beside"), min)
     one = {key: (way if worst else mean)([row[key] for row in found if key in row]) for key, way in ways.items()
            if any(key in row for row in found)}
     n = found[0]["n"] if worst else sum(row["n"] for row in found)
@@ -486,7 +517,8 @@ def over_prompts(found: list[dict[str, dict[float, dict[str, float]]]]) -> dict[
 
 # --- what is printed -----------------------------------------------------------------------------------------------
 
-HEADER = "| | | unsafe % (95 %) | kept % | astray % | distance | over off | changed % |\n|---|---|---|---|---|---|---|---|"
+HEADER = ("| | | unsafe % (95 %) | kept % | astray % | distance | over off | changed % | beside % |\n"
+          "|---|---|---|---|---|---|---|---|---|")
 
 
 def line(asked: str, method: str, r: dict[str, float]) -> str:
@@ -494,7 +526,7 @@ def line(asked: str, method: str, r: dict[str, float]) -> str:
         return f"{r[key]:.{digits}f}" if key in r else "–"
 
     cells = (asked, method, f"{cell('unsafe')} ({cell('low')} to {cell('high')})", cell("kept"), cell("astray"), cell("distance", 2),
-             cell("over off", 2), cell("changed"))
+             cell("over off", 2), cell("changed"), cell("beside"))
     return f"| {' | '.join(cells)} |"
 
 
@@ -514,7 +546,8 @@ def show(label: str, found: dict[str, dict[str, float]]) -> None:
 def first_table(places: dict[str, Place], scale: Scale, only: str = "", quick: bool = False) -> dict[str, dict[str, dict[str, float]]]:
     """All rows of one world, printed as they are found; of the partly unsafe prompts only what they come to together, if all were asked."""
     found, name = {}, places["whole"].name
-    groups = {"partly unsafe prompts": pairs(), "three related classes": triples()}
+    groups = {"partly unsafe prompts": pairs(), "three related classes": triples(),
+              **{f"unsafe and more, guidance {guidance}": unsafe_and_more(guidance) for guidance in (1, 3, 7)}}
     grouped = [asked for group in groups.values() for asked in group]
     for asked in grouped[:1] if quick else grouped + others():
         wanted = [label for label in METHODS if only in f"{name}, {asked.label}, {label}" and asked.takes(label)]

@@ -23,7 +23,7 @@ SILENT = 1e-3  # a prompt that moves the prediction by less than this share of w
 REACH = 6.0  # times |E_n - E_0|, at most, that E_safe is away from E_n; by right once to twice, while x leaves it open what it shows
 GUIDED = 2.0  # times that guidance weighs E_c, up to which it divides REACH: what is exaggerated it exaggerates again
 NOISE = 0.1  # signal to noise, in power, below which x tells next to nothing
-RELEASE = 0.85, 1.0  # t where the unwanted thing begins to be taken out of what a prompt asks for, and where it all is; of a half it tells less
+RELEASE = 0.85, 1.0  # t from which the unwanted thing is taken out of what a prompt asks for, and where it all is; half of a prompt tells less
 
 
 def from_witness(conditional: Tensor, unwanted: Tensor, r: Tensor) -> Tensor:
@@ -93,9 +93,9 @@ def within_reach(conditional: Tensor, neutral: Tensor, unwanted: Tensor, gain: T
 def without(conditional: Tensor, neutral: Tensor, unwanted: Tensor, released: Tensor) -> Tensor:
     """E_c - f (E_n - E_0), (B, D), f = `released` (B,): what the prompt asks for beside the unwanted thing.
 
-    A prompt for "a bright truck" has no safe part, of which E_c would be a mixture with E_n; it asks for two things at once. With f = 1 this is
-    the prediction of p(x | prompt) p(x) / p(x | unwanted), which where the two are independent is that of "bright" alone, and where the
-    prompt asks for nothing else that of no prompt. Source: concept negation, arXiv:2206.01714, Sec. 4.
+    No picture of "a bright truck" is safe, so that E_c is no mixture of E_safe and E_n: it is asked for two things at once. With f = 1 this is
+    the score of p(x | prompt) p(x) / p(x | unwanted), which where the two are independent is that of "bright" alone, and where the prompt
+    asks for nothing else that of no prompt. Source: concept negation, arXiv:2206.01714, Sec. 4.
     """
     return conditional - released[:, None] * (unwanted - neutral)
 
@@ -115,10 +115,11 @@ class ByWitness(Rule):
     where there are two that distances tell apart, as those of drawings (of photographs they would say what colours and light say, and let
     unwanted ones through); the last term is the evidence that two noise predictions give against each other once the noise is low enough.
 
-    A prompt that asks for the unwanted thing alone, or for it and more, is all unsafe: as t goes from RELEASE[0] to RELEASE[1], what it asks
-    for `without` that takes the place of E_c, and the share is `prior`. In the metric of the model's own pictures t nears 1 under such
-    prompts as soon as x shows a little, and stays below where a prompt has safe pictures; without one, 1 - sqrt(gap) at the first call
-    stands for it, which finds only the thing alone. Where no prompt says anything (E_c = E_0) the share is `prior` too.
+    A prompt that asks for the unwanted thing alone, or for it and more, has no safe picture: as t goes from RELEASE[0] to RELEASE[1], what
+    it asks for `without` that takes the place of E_c, and the share is `prior`. In the metric of the model's own pictures t nears 1 under
+    such prompts as soon as x shows a little, and where a prompt has safe pictures only when x is to be none of them; without a metric
+    1 - sqrt(gap) at the first call stands for it, which finds only the thing alone. Where no prompt says anything (E_c = E_0) the share
+    is `prior` too.
     Source of the correction: arXiv:2502.08011, Thm 3.2; r is ours.
 
     Args:
@@ -187,8 +188,8 @@ class ByWitness(Rule):
         return logit - DOUBT * (p.alpha / p.sigma).square() * apart
 
     def _weighed(self, p: Prediction) -> Tensor:
-        """<denoised - E_0, E_c - E_0> / |E_c - E_0|^2, (B,): how many times guidance weighs E_c, whatever guidance it is; 1 without, and where
-        the prompt says nothing.
+        """<denoised - E_0, E_c - E_0> / |E_c - E_0|^2, (B,): how many times guidance weighs E_c, whatever guidance it is; 1 without it, and
+        where the prompt says nothing.
         """
         if p.unconditional is None or p.conditional is None:
             return torch.ones_like(p.sigma)

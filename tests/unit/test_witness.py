@@ -127,6 +127,23 @@ def test_a_direct_prompt_lets_go_of_its_guidance():
         assert 1 - float(gap(mixed(r), ZERO, UNWANTED).sqrt()) < RELEASE[0]
 
 
+@pytest.mark.parametrize("cfg", [1.0, 7.0])
+def test_a_prompt_for_the_unwanted_thing_and_more_keeps_the_more(cfg):
+    """A bright truck: no picture of it is safe, and "bright" is not what must not come out. "A car or a truck" is another matter."""
+    pictures = Bank(torch.randn(400, 1, 6, generator=torch.Generator().manual_seed(0), dtype=F64))
+    rule, one = ByWitness(model=fit(pictures), prior=0.25), torch.ones(1, dtype=F64)
+    zero, truck, bright, car = unit(), unit((0, 1.0)), unit((1, 1.5)), unit((2, 1.0))
+
+    def corrected(asked):
+        p = Prediction(unit(), zero + cfg * (asked - zero), 50 * one, one, zero, asked, truck)
+        return p.denoised + rule.correct(p, {}).direction
+
+    away = corrected(truck + bright) - cfg * bright
+    assert float((away * truck).sum()) <= 0 and float(away.norm()) < 1, "the prior's push away from trucks is left"
+    assert float((corrected(truck + bright) * bright).sum()) > 0.9 * cfg * float(bright.square().sum())
+    assert float((corrected((car + truck) / 2) * car).sum()) > 0.5 * cfg, "not what a prompt asks for beside, but its safe part"
+
+
 def test_no_prompt_takes_the_prior():
     p = Prediction(torch.zeros(1, 6, dtype=F64), ZERO, torch.tensor([50.0], dtype=F64), torch.ones(1, dtype=F64), ZERO, ZERO, UNWANTED)
     assert float(ByWitness(prior=0.3).correct(p, {}).posterior) == pytest.approx(0.3, abs=1e-3)
