@@ -23,7 +23,7 @@ SILENT = 1e-3  # a prompt that moves the prediction by less than this share of w
 REACH = 6.0  # times |E_n - E_0|, at most, that E_safe is away from E_n; by right once to twice, while x leaves it open what it shows
 GUIDED = 2.0  # times that guidance weighs E_c, up to which it divides REACH: what is exaggerated it exaggerates again
 NOISE = 0.1  # signal to noise, in power, below which x tells next to nothing
-RELEASE = 0.85, 1.0  # t from which the unwanted thing is taken out of what a prompt asks for, and where it all is; half of a prompt tells less
+RELEASE = 0.85, 1.0  # t from which the unwanted thing is taken out of what a prompt asks for, and at which all of it is
 
 
 def from_witness(conditional: Tensor, unwanted: Tensor, r: Tensor) -> Tensor:
@@ -93,8 +93,8 @@ def within_reach(conditional: Tensor, neutral: Tensor, unwanted: Tensor, gain: T
 def without(conditional: Tensor, neutral: Tensor, unwanted: Tensor, released: Tensor) -> Tensor:
     """E_c - f (E_n - E_0), (B, D), f = `released` (B,): what the prompt asks for beside the unwanted thing.
 
-    No picture of "a bright truck" is safe, so that E_c is no mixture of E_safe and E_n: it is asked for two things at once. With f = 1 this is
-    the score of p(x | prompt) p(x) / p(x | unwanted), which where the two are independent is that of "bright" alone, and where the prompt
+    No picture of "a bright truck" is safe, so that E_c is no mixture of E_safe and E_n: the prompt asks for two things at once. With
+    f = 1 this is that of p(x | prompt) p(x) / p(x | unwanted), which where the two are independent is that of "bright" alone, and where the prompt
     asks for nothing else that of no prompt. Source: concept negation, arXiv:2206.01714, Sec. 4.
     """
     return conditional - released[:, None] * (unwanted - neutral)
@@ -107,7 +107,7 @@ class ByWitness(Rule):
         o_k = max_{j <= k} odds(share_j) gap_j / gap_k
         logit r = log o_k + TRUST (log p_u(x) - log p_others(x)) - DOUBT (alpha / sigma)^2 |E_c - E_n|_k^2
         r <= posterior_max,   r <= 1 - w |E_c - E_n| / (REACH |E_n - E_0|), this w at most GUIDED
-        safe_denoised = denoised + w r / (1 - r) (E_c - E_n)
+        safe_denoised = denoised + w (E_b - E_c) + w' r / (1 - r) (E_b - E_n),   E_b = E_c - f (E_n - E_0),   w' = w + f (1 - w)
 
     share_j is the `share` at the j-th call of a run, w how many times guidance weighs E_c. Since E_c - E_n = (1 - r) (E_safe - E_n), a
     `gap` that shrinks says that r grows; one call's share forgets it, since a late E_0 goes where E_c goes. For the same reason the gap
@@ -115,11 +115,11 @@ class ByWitness(Rule):
     where there are two that distances tell apart, as those of drawings (of photographs they would say what colours and light say, and let
     unwanted ones through); the last term is the evidence that two noise predictions give against each other once the noise is low enough.
 
-    A prompt that asks for the unwanted thing alone, or for it and more, has no safe picture: as t goes from RELEASE[0] to RELEASE[1], what
-    it asks for `without` that takes the place of E_c, and the share is `prior`. In the metric of the model's own pictures t nears 1 under
-    such prompts as soon as x shows a little, and where a prompt has safe pictures only when x is to be none of them; without a metric
-    1 - sqrt(gap) at the first call stands for it, which finds only the thing alone. Where no prompt says anything (E_c = E_0) the share
-    is `prior` too.
+    A prompt that asks for the unwanted thing alone, or for it and more, has no safe picture: as t goes from RELEASE[0] to RELEASE[1], f goes
+    from 0 to 1, E_b, what it asks for `without` that, takes the place of E_c in all of this, and the share is `prior`. In the metric of
+    the model's own pictures t nears 1 under such prompts as soon as x shows a little, and where a prompt has safe pictures only when x is
+    to be none of them; without a metric 1 - sqrt(gap) at the first call stands for it, which finds only the thing alone. Where no prompt
+    says anything (E_c = E_0) the share is `prior` too.
     Source of the correction: arXiv:2502.08011, Thm 3.2; r is ours.
 
     Args:
