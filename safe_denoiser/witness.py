@@ -93,9 +93,9 @@ def within_reach(conditional: Tensor, neutral: Tensor, unwanted: Tensor, gain: T
 def without(conditional: Tensor, neutral: Tensor, unwanted: Tensor, released: Tensor) -> Tensor:
     """E_c - f (E_n - E_0), (B, D), f = `released` (B,): what the prompt asks for beside the unwanted thing.
 
-    No picture of "a bright truck" is safe, so that E_c is no mixture of E_safe and E_n: the prompt asks for two things at once. With
-    f = 1 this is that of p(x | prompt) p(x) / p(x | unwanted), which where the two are independent is that of "bright" alone, and where the prompt
-    asks for nothing else that of no prompt. Source: concept negation, arXiv:2206.01714, Sec. 4.
+    No picture of "a bright truck" is safe, so that E_c is no mixture of E_safe and E_n: the prompt asks for two things at once. With f = 1
+    this is the prediction of p(x | prompt) p(x) / p(x | unwanted), which where the two are independent is that of "bright" alone, and where
+    the prompt asks for nothing else that of no prompt. Source: concept negation, arXiv:2206.01714, Sec. 4.
     """
     return conditional - released[:, None] * (unwanted - neutral)
 
@@ -115,8 +115,8 @@ class ByWitness(Rule):
     where there are two that distances tell apart, as those of drawings (of photographs they would say what colours and light say, and let
     unwanted ones through); the last term is the evidence that two noise predictions give against each other once the noise is low enough.
 
-    A prompt that asks for the unwanted thing alone, or for it and more, has no safe picture: as t goes from RELEASE[0] to RELEASE[1], f goes
-    from 0 to 1, E_b, what it asks for `without` that, takes the place of E_c in all of this, and the share is `prior`. In the metric of
+    A prompt that asks for the unwanted thing alone, or for it and more, has no safe picture: as t goes from RELEASE[0] to RELEASE[1], f
+    goes from 0 to 1, E_b, what it asks for `without` that, takes the place of E_c in all of this, and the share is `prior`. In the metric of
     the model's own pictures t nears 1 under such prompts as soon as x shows a little, and where a prompt has safe pictures only when x is
     to be none of them; without a metric 1 - sqrt(gap) at the first call stands for it, which finds only the thing alone. Where no prompt
     says anything (E_c = E_0) the share is `prior` too.
