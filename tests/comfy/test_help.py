@@ -56,7 +56,7 @@ def number(text):
 def test_each_input_has_its_range(schemas):
     for node_id, schema in schemas.items():
         found = {cells[0]: cells[1:] for cells in rows(page(node_id), "Inputs")}
-        assert set(found) == {one.id for one in schema.inputs}, node_id
+        assert list(found) == [one.id for one in schema.inputs], node_id
         for one in schema.inputs:
             span, what = found[one.id]
             where = f"{node_id}.{one.id}: {span}"

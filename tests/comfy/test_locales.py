@@ -45,7 +45,7 @@ def test_every_id_input_and_output_has_an_entry(language, schemas):
     for node_id, schema in schemas.items():
         entry = found[node_id]
         assert set(entry) == {"display_name", "description", "inputs", "outputs"}, node_id
-        assert set(entry["inputs"]) == {one.id for one in schema.inputs}, node_id
+        assert list(entry["inputs"]) == [one.id for one in schema.inputs], node_id
         assert set(entry["outputs"]) == {str(i) for i in range(len(schema.outputs))}, node_id
         for thing in [*entry["inputs"].values(), *entry["outputs"].values()]:
             assert set(thing) == {"name", "tooltip"} and thing["name"] and thing["tooltip"], (node_id, thing)
