@@ -3,6 +3,7 @@ import base64
 import copy
 import io
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -321,19 +322,24 @@ def test_pictures_get_in_by_the_page(page, server):
     (root / f"{name}.zip").unlink()
 
 
+def help_panel(page, node_id, file):
+    """Opened, with all that is in a node's page, and nothing cut off."""
+    page.view.evaluate("""node_id => { app.graph.clear(); const node = LiteGraph.createNode(node_id); app.graph.add(node);
+        node.pos = [0, 0]; app.canvas.ds.offset = [700, 300]; app.canvas.ds.scale = 1; app.canvas.selectNode(node) }""", node_id)
+    page.view.mouse.click(*page.place(node_id))
+    page.view.get_by_test_id("info-button").click()
+    panel, text = page.view.locator(".node-help-content"), (ROOT / "web/docs" / file).read_text(encoding="utf-8")
+    panel.get_by_text(re.findall("^## (.+)$", text, re.MULTILINE)[-1]).wait_for(timeout=10_000)
+    assert panel.locator("h1").inner_text() == text.splitlines()[0].removeprefix("# ")
+    page.view.wait_for_function("document.querySelector('.node-help-content img')?.naturalWidth > 300")
+    assert panel.locator("li").count() > 3 and panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth"), "nothing is cut off"
+    assert "<!--" not in panel.inner_text()
+    page.press("Escape")
+
+
 def test_each_node_has_its_help_panel(page):
     for node_id in PAGES:
-        page.view.evaluate("""node_id => { app.graph.clear(); const node = LiteGraph.createNode(node_id); app.graph.add(node);
-            node.pos = [0, 0]; app.canvas.ds.offset = [700, 300]; app.canvas.ds.scale = 1; app.canvas.selectNode(node) }""", node_id)
-        page.view.mouse.click(*page.place(node_id))
-        page.view.get_by_test_id("info-button").click()
-        panel = page.view.locator(".node-help-content")
-        panel.get_by_text("Messages and their cures").wait_for(timeout=10_000)
-        title = (ROOT / f"web/docs/{node_id}.md").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        assert panel.locator("h1").inner_text() == title
-        page.view.wait_for_function("document.querySelector('.node-help-content img')?.naturalWidth > 300")
-        assert panel.locator("li").count() > 3 and panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth"), "nothing is cut off"
-        page.press("Escape")
+        help_panel(page, node_id, f"{node_id}.md")
 
 
 def test_undo_redo_and_copies_keep_the_values(page):
@@ -430,7 +436,7 @@ def test_a_set_that_is_gone_is_named_on_the_node(page, own_set):
     if overlay.count():
         assert "Load Negation Set" in overlay.inner_text(), "nothing can run"
     else:
-        assert str(own_set) in told.inner_text() and "SafeDenoiserLoadNegationSet" in told.inner_text(), "nothing can run"
+        assert place in told.inner_text() and "SafeDenoiserLoadNegationSet" in told.inner_text(), "nothing can run"
     page.console.clear()  # the page logs the refused prompt, as it must
 
 
@@ -494,6 +500,11 @@ def japanese(page):
     page.open()
     yield page
     switch("en")
+
+
+def test_help_follows_the_language(japanese):
+    for node_id in PAGES:
+        help_panel(japanese, node_id, f"{node_id}/ja.md")
 
 
 def test_names_tooltips_and_texts_follow_the_language(japanese):
