@@ -513,13 +513,16 @@ def test_names_tooltips_and_texts_follow_the_language(japanese):
     page.unfold("SafeDenoiserApply")
     labels = page.view.evaluate("app.graph.nodes[0].widgets.map(w => w.label)")
     assert labels == [words["inputs"][name]["name"] for name in page.values("SafeDenoiserApply")]
+    main = json.loads((ROOT / "locales/ja/main.json").read_text(encoding="utf-8"))
+    category = page.view.evaluate("LiteGraph.registered_node_types.SafeDenoiserLoadOpenCLIP.category")
+    assert category == "safe denoiser/" + main["nodeCategories"]["meaning"]
     x, y = page.place("SafeDenoiserApply", "weight")
     page.view.mouse.move(x - 60, y - 2)
     page.view.mouse.move(x - 60, y)
     tooltip = page.view.locator(".node-tooltip")
     tooltip.wait_for(timeout=5000)
     assert tooltip.inner_text() == words["inputs"]["weight"]["tooltip"]
-    says = json.loads((ROOT / "locales/ja/main.json").read_text(encoding="utf-8"))["safeDenoiser"]
+    says = main["safeDenoiser"]
     page.view.evaluate("""() => app.api.dispatchCustomEvent('safe_denoiser.text', {prompt_id: 'x', node: String(app.graph.nodes[0].id),
         text: '7 of 16 pictures steered away, most by 猫 of mine.png\\nnot in the table'})""")
     assert page.said("SafeDenoiserApply").splitlines() == [says["{0} steered away, most by {1}"].format(
