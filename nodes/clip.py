@@ -51,9 +51,10 @@ def find_weights(weights: str, architecture: str, pretrained: str, allow_downloa
     except FileNotFoundError:
         if not allow_download or not consents():
             raise FileNotFoundError(
-                f"CLIP {architecture!r} with the tag {pretrained!r} is not on this machine; put its weights into {target.parent}, as "
-                f"{name}.safetensors, and choose that file; or switch allow_download on, and allow it on this machine: make an empty file "
-                f"{folders.consent()}, or start ComfyUI with {CONSENT}=1") from None
+                f"CLIP {architecture!r} with the tag {pretrained!r} is not on this machine; put its weights into "
+                f"{folders.place(target.parent)}, as {name}.safetensors, and choose that file; or switch "
+                "allow_download on, and allow it on this machine: make an empty file "
+                f"{folders.place(folders.consent())}, or start ComfyUI with {CONSENT}=1") from None
     source, size = published(architecture, pretrained)
     logging.warning("Load OpenCLIP: fetching %s, %.0f MB, into %s", source, size / 1e6, target)
     Live().send(f"fetching {source}\n{size / 1e6:.0f} MB")

@@ -43,6 +43,13 @@ def roots(kind: str) -> list[Path]:
     return [*([Path(own) / kind] if own else []), *map(Path, folder_paths.get_folder_paths(kind))]
 
 
+def place(path: Path) -> str:
+    """A path as messages name it: what lies in ComfyUI's own folder by that name, wherever that is; else the whole path."""
+    with suppress(ValueError):
+        path = "ComfyUI" / path.relative_to(folder_paths.base_path)
+    return path.as_posix()
+
+
 def searched(kind: str) -> list[Path]:
     """The same with what stands behind them: for sets the banks that Save Negation Bank wrote, for CLIPs ComfyUI's own folder."""
     return roots(kind) + {SETS: roots(BANKS)[:1], CLIPS: roots("clip_vision")}.get(kind, [])
@@ -176,13 +183,13 @@ def resolve(kind: str, name: str) -> Path:
         except (OSError, UnicodeError):  # longer than a name may be, or with letters that none may have
             inside, there = True, False
         if not name or not inside:
-            raise ValueError(f"{printable(name)!r} leads out of ComfyUI's {kind} folder; put it into {root} and choose it by name")
+            raise ValueError(f"{printable(name)!r} leads out of ComfyUI's {kind} folder; put it into {place(root)} and choose it by name")
         if there:
             return path
     what, name = kind.removesuffix("s").replace("_", " "), printable(name)
     missing = roots(kind)[0] / name
-    is_file = missing.suffix.lower() in PACKED | WEIGHTS
-    todo = f"put the file there: {missing}" if is_file else f"create {missing} and put the pictures into it"
+    is_file, there = missing.suffix.lower() in PACKED | WEIGHTS, place(missing)
+    todo = f"put the file there: {there}" if is_file else f"create {there} and put the pictures into it"
     raise FileNotFoundError(f"{what} {name!r} is not on this machine; {todo}, then press R")
 
 

@@ -114,7 +114,8 @@ class SampleReferenceBank(io.ComfyNode):
                 io.Conditioning.Input("conditioning",
                                       tooltip="The empty prompt (or a broad one such as 'photo', to narrow what is compared)."),
                 io.Int.Input("count", default=100, min=1, max=10_000,
-                             tooltip="Number of samples. 50 to 300 work; more costs time once, and a little at each step."),
+                             tooltip="Number of samples. With an unwanted condition 25 are enough; with a folder alone take 100 or more. "
+                                     "More costs time once, and a little at each step."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
                              tooltip="Seed of the samples."),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps per sample."),

@@ -41,7 +41,8 @@ class LoadTinyWorld(io.ComfyNode):
             description="A model and its VAE that come with the pack, small enough for any machine, to try its nodes on. Prompts "
                         "are classes: Class Condition.",
             inputs=[io.Combo.Input("world", options=[*worlds()],
-                                   tooltip="What the model draws. digits: handwritten ones, of 32 by 32 pixels.")],
+                                   tooltip="What the model draws. digits: handwritten ones, of 32 by 32 pixels. photographs: of "
+                                           "airplanes, automobiles, ships and trucks, of 64 by 64 pixels.")],
             outputs=[io.Model.Output(tooltip="For a sampler."), io.Vae.Output(tooltip="Of that model, for VAE Decode and for banks.")],
         )
 

@@ -58,8 +58,8 @@ class NegationSet:
                                     f"and put the pictures that must not come out into it")
         files = sorted((file for file in folder.iterdir() if not is_beside(file.name) and not file.is_dir()),
                        key=lambda file: natural(file.name))
-        return cls._of(f"folder {folder.name!r}", f"put PNG, JPEG or WebP files into {folder}",
-                       ((file.name, in_folder(file, folder)) for file in files), len(files), max_images, progress)
+        return cls._of(f"folder {folder.name!r}", ((file.name, in_folder(file, folder)) for file in files), len(files), max_images,
+                       progress)
 
     @classmethod
     def from_zip(cls, path: str | Path, max_images: int = 0, progress: Callable[[int, int], None] | None = None) -> "NegationSet":
@@ -83,18 +83,17 @@ class NegationSet:
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
             raise ValueError(f"negation set {path.name!r} is not a readable zip file ({error}); make or copy it again") from error
         pictures = {m.filename: m for m in members if not is_beside(PurePosixPath(m.filename).name) and not m.is_dir()}
-        return cls._of(f"zip file {path.name!r}", f"put PNG, JPEG or WebP files into {path}",
-                       ((name, in_zip(path, pictures[name], state)) for name in sorted(pictures, key=natural)), len(pictures), max_images,
-                       progress)
+        return cls._of(f"zip file {path.name!r}", ((name, in_zip(path, pictures[name], state)) for name in sorted(pictures, key=natural)),
+                       len(pictures), max_images, progress)
 
     @classmethod
-    def _of(cls, what: str, todo: str, *candidates) -> "NegationSet":
+    def _of(cls, what: str, *candidates) -> "NegationSet":
         """Those that are readable; where none is, what to do about it."""
         kept, skipped = readable(*candidates)
         if not kept:
             unread = "".join(f"\n  {name}: {reason}" for name, reason in skipped[:10])
             raise ValueError(f"negation set {what} has no readable picture{f' ({len(skipped)} unreadable)' if skipped else ''}; "
-                             f"{todo}{unread}")
+                             f"put PNG, JPEG or WebP files into it{unread}")
         names, sizes, readers, fingerprints = zip(*kept)
         return cls(names, fingerprints, readers, tuple(skipped), size=sum(sizes))
 

@@ -3,6 +3,7 @@ import base64
 import copy
 import io
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -321,19 +322,24 @@ def test_pictures_get_in_by_the_page(page, server):
     (root / f"{name}.zip").unlink()
 
 
+def help_panel(page, node_id, file):
+    """Opened, with all that is in a node's page, and nothing cut off."""
+    page.view.evaluate("""node_id => { app.graph.clear(); const node = LiteGraph.createNode(node_id); app.graph.add(node);
+        node.pos = [0, 0]; app.canvas.ds.offset = [700, 300]; app.canvas.ds.scale = 1; app.canvas.selectNode(node) }""", node_id)
+    page.view.mouse.click(*page.place(node_id))
+    page.view.get_by_test_id("info-button").click()
+    panel, text = page.view.locator(".node-help-content"), (ROOT / "web/docs" / file).read_text(encoding="utf-8")
+    panel.get_by_text(re.findall("^## (.+)$", text, re.MULTILINE)[-1]).wait_for(timeout=10_000)
+    assert panel.locator("h1").inner_text() == text.splitlines()[0].removeprefix("# ")
+    page.view.wait_for_function("document.querySelector('.node-help-content img')?.naturalWidth > 300")
+    assert panel.locator("li").count() > 3 and panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth"), "nothing is cut off"
+    assert "<!--" not in panel.inner_text()
+    page.press("Escape")
+
+
 def test_each_node_has_its_help_panel(page):
     for node_id in PAGES:
-        page.view.evaluate("""node_id => { app.graph.clear(); const node = LiteGraph.createNode(node_id); app.graph.add(node);
-            node.pos = [0, 0]; app.canvas.ds.offset = [700, 300]; app.canvas.ds.scale = 1; app.canvas.selectNode(node) }""", node_id)
-        page.view.mouse.click(*page.place(node_id))
-        page.view.get_by_test_id("info-button").click()
-        panel = page.view.locator(".node-help-content")
-        panel.get_by_text("Messages and their cures").wait_for(timeout=10_000)
-        title = (ROOT / f"web/docs/{node_id}.md").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        assert panel.locator("h1").inner_text() == title
-        page.view.wait_for_function("document.querySelector('.node-help-content img')?.naturalWidth > 300")
-        assert panel.locator("li").count() > 3 and panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth"), "nothing is cut off"
-        page.press("Escape")
+        help_panel(page, node_id, f"{node_id}.md")
 
 
 def test_undo_redo_and_copies_keep_the_values(page):
@@ -414,13 +420,14 @@ def test_a_set_that_is_gone_is_named_on_the_node(page, own_set):
     errors = page.view.evaluate("""() => Object.entries(app.lastNodeErrors).map(([id, e]) => [app.graph.getNodeById(Number(id)).type,
         e.errors.map(x => x.details)])""")
     assert [kind for kind, _ in errors] == ["SafeDenoiserLoadNegationSet"] and len(errors[0][1]) == 1, errors
-    assert f"negation set 'mine' is not on this machine; create {own_set} and put the pictures into it, then press R" in errors[0][1][0]
+    place = "ComfyUI/input/negation_sets/mine"
+    assert f"negation set 'mine' is not on this machine; create {place} and put the pictures into it, then press R" in errors[0][1][0]
     page.view.wait_for_timeout(1500)
     toast, overlay = page.view.locator(".p-toast-message-error"), page.view.get_by_test_id("error-overlay")
     if overlay.count():  # newer pages say it themselves, and nobody else does
         assert not toast.count() and "Load Negation Set" in overlay.inner_text()
     else:
-        assert str(own_set) in toast.inner_text() and "Load Negation Set" in toast.inner_text(), "part of the workflow still runs"
+        assert place in toast.inner_text() and "Load Negation Set" in toast.inner_text(), "part of the workflow still runs"
     page.view.evaluate("""() => { for (const n of [...app.graph.nodes]) if (['PreviewImage', 'KSampler'].includes(n.type))
         app.graph.remove(n) }""")
     page.view.get_by_test_id("queue-button").click()
@@ -429,7 +436,7 @@ def test_a_set_that_is_gone_is_named_on_the_node(page, own_set):
     if overlay.count():
         assert "Load Negation Set" in overlay.inner_text(), "nothing can run"
     else:
-        assert str(own_set) in told.inner_text() and "SafeDenoiserLoadNegationSet" in told.inner_text(), "nothing can run"
+        assert place in told.inner_text() and "SafeDenoiserLoadNegationSet" in told.inner_text(), "nothing can run"
     page.console.clear()  # the page logs the refused prompt, as it must
 
 
@@ -495,19 +502,27 @@ def japanese(page):
     switch("en")
 
 
+def test_help_follows_the_language(japanese):
+    for node_id in PAGES:
+        help_panel(japanese, node_id, f"{node_id}/ja.md")
+
+
 def test_names_tooltips_and_texts_follow_the_language(japanese):
     page, words = japanese, json.loads((ROOT / "locales/ja/nodeDefs.json").read_text(encoding="utf-8"))["SafeDenoiserApply"]
     page.view.evaluate("() => { app.graph.clear(); const node = LiteGraph.createNode('SafeDenoiserApply'); app.graph.add(node) }")
     page.unfold("SafeDenoiserApply")
     labels = page.view.evaluate("app.graph.nodes[0].widgets.map(w => w.label)")
     assert labels == [words["inputs"][name]["name"] for name in page.values("SafeDenoiserApply")]
+    main = json.loads((ROOT / "locales/ja/main.json").read_text(encoding="utf-8"))
+    category = page.view.evaluate("LiteGraph.registered_node_types.SafeDenoiserLoadOpenCLIP.category")
+    assert category == "safe denoiser/" + main["nodeCategories"]["meaning"]
     x, y = page.place("SafeDenoiserApply", "weight")
     page.view.mouse.move(x - 60, y - 2)
     page.view.mouse.move(x - 60, y)
     tooltip = page.view.locator(".node-tooltip")
     tooltip.wait_for(timeout=5000)
     assert tooltip.inner_text() == words["inputs"]["weight"]["tooltip"]
-    says = json.loads((ROOT / "locales/ja/main.json").read_text(encoding="utf-8"))["safeDenoiser"]
+    says = main["safeDenoiser"]
     page.view.evaluate("""() => app.api.dispatchCustomEvent('safe_denoiser.text', {prompt_id: 'x', node: String(app.graph.nodes[0].id),
         text: '7 of 16 pictures steered away, most by 猫 of mine.png\\nnot in the table'})""")
     assert page.said("SafeDenoiserApply").splitlines() == [says["{0} steered away, most by {1}"].format(

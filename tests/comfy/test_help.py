@@ -1,13 +1,24 @@
-"""The help page of each node says what the node really has, and explains messages that the code really gives."""
+"""The help page of each node says what the node really has, and explains messages that the code really gives; in each language the same.
+
+A translation's last line says of which English text it is: where that has changed since, the test names the translations that are to be
+renewed. `python -m tests.comfy.test_help web/docs/SafeDenoiserApply/fr.md ...` writes it, when they are.
+"""
 import ast
 import re
+import sys
+import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from dev import ROOT
+from tests.comfy.test_locales import LANGUAGES, OTHERS, words
 
 DOCS = ROOT / "web/docs"
+KINDS = re.compile(r"^(#+ |- |\d\. |```|!\[)", re.MULTILINE)  # headings, items, code, pictures
+IDS, NUMBERS = re.compile(r"`[!-_a-~]+`"), re.compile(r"\d+(?:\.\d+)?")  # the same in every language
+OF = "<!-- of {:08x} -->\n"
 FOREIGN = {"Saving image outside the output folder is not allowed"}  # ComfyUI's own
 
 
@@ -16,8 +27,24 @@ def schemas(pack):
     return {node_id: node.GET_SCHEMA() for node_id, node in pack.items()}
 
 
-def page(node_id):
-    return (DOCS / f"{node_id}.md").read_text(encoding="utf-8")
+def page(node_id, language="en"):
+    return (DOCS / (f"{node_id}.md" if language == "en" else f"{node_id}/{language}.md")).read_text(encoding="utf-8")
+
+
+def last_line(node_id):
+    return OF.format(zlib.crc32(page(node_id).encode()))
+
+
+def links(text):
+    return re.findall(r"\]\((.+?)\)", text)
+
+
+def numbers(text):
+    return NUMBERS.findall(re.sub(r"(?<=\d)[,\s](?=\d{3}(?!\d))", "", text))
+
+
+def headings(text):
+    return re.findall("^## (.+)$", text, re.MULTILINE)
 
 
 def rows(text, section):
@@ -30,15 +57,18 @@ def rows(text, section):
 def test_every_node_has_a_page_and_every_page_a_node(schemas):
     assert sorted(path.stem for path in DOCS.glob("*.md")) == sorted(schemas)
     assert sorted(path.stem for path in (DOCS / "img").iterdir()) == sorted(schemas)
+    assert sorted(DOCS.glob("*/*.md")) == sorted(DOCS / node_id / f"{language}.md" for node_id in schemas for language in OTHERS)
 
 
-def test_pages_can_be_read_in_a_narrow_panel(schemas):
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_pages_can_be_read_in_a_narrow_panel(language, schemas):
     """Short sections and lists: the panel is 272 pixels wide, in which a table has no room."""
     for node_id in schemas:
-        assert not re.search(r"^\|", page(node_id), re.MULTILINE), node_id
-        assert max(map(len, page(node_id).splitlines())) < 600, node_id
-        words = re.findall(r"\S+", re.sub(r"!?\[(.*?)\]\(.*?\)", r"\1", page(node_id)))
-        assert [word for word in words if len(word) > 32] == [], "what cannot be broken sticks out"
+        text = page(node_id, language)
+        assert not re.search(r"^\|", text, re.MULTILINE), node_id
+        assert max(map(len, text.splitlines())) < 600, node_id
+        unbroken = r"[^\s\u2e80-\uffef]{33,}"  # Chinese, Japanese and Korean break anywhere
+        assert not re.search(unbroken, re.sub(r"!?\[(.*?)\]\(.*?\)", r"\1", text)), "what cannot be broken sticks out"
 
 
 def test_pages_say_what_and_when_and_show_the_node(schemas):
@@ -49,6 +79,30 @@ def test_pages_say_what_and_when_and_show_the_node(schemas):
         assert Image.open(DOCS / picture).width > 300 and (DOCS / picture).stat().st_size < 100_000
 
 
+@pytest.mark.parametrize("language", OTHERS)
+def test_translations_say_the_same(language, schemas):
+    """Headings, items, code and pictures in the same order, with the same ids and numbers, and the words that the node has."""
+    for node_id, entry in words(language).items():
+        ours, theirs = page(node_id), page(node_id, language)
+        where = f"{node_id}/{language}.md"
+        assert theirs.startswith(f"# {entry['display_name']}\n"), where
+        assert KINDS.findall(theirs) == KINDS.findall(ours) and links(theirs) == links(ours), where
+        assert set(IDS.findall(theirs)) == set(IDS.findall(ours)) and set(numbers(theirs)) >= set(numbers(ours)), where
+        of = dict(zip(headings(ours), headings(theirs)))
+        for section, said in (("Inputs", [*entry["inputs"].values()]), ("Outputs", [*entry["outputs"].values()])):
+            pairs = list(zip(rows(ours, section), rows(theirs, of.get(section)), said, strict=True))
+            for (name, *span, _), (same, *translated, what), word in pairs:
+                assert same == name and word["tooltip"] in what, (where, name)
+                for found in (IDS.findall, numbers):
+                    assert [*map(found, translated)] == [*map(found, span)], (where, name)
+
+
+def test_translations_are_of_the_english_text_that_is_there(schemas):
+    stale = [f"{node_id}/{language}.md" for node_id in schemas for language in OTHERS
+             if not page(node_id, language).endswith("\n" + last_line(node_id))]
+    assert stale == [], "renew these, then python -m tests.comfy.test_help with them"
+
+
 def number(text):
     return float(text.rstrip("."))
 
@@ -56,7 +110,7 @@ def number(text):
 def test_each_input_has_its_range(schemas):
     for node_id, schema in schemas.items():
         found = {cells[0]: cells[1:] for cells in rows(page(node_id), "Inputs")}
-        assert set(found) == {one.id for one in schema.inputs}, node_id
+        assert list(found) == [one.id for one in schema.inputs], node_id
         for one in schema.inputs:
             span, what = found[one.id]
             where = f"{node_id}.{one.id}: {span}"
@@ -99,3 +153,9 @@ def test_each_message_is_one_that_the_code_gives(schemas):
         assert found, node_id
         for message, cure in found:
             assert len(cure) > 20 and (message in FOREIGN or any(message in one for one in given)), (node_id, message)
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        text = path.read_text(encoding="utf-8").rpartition("<!-- of ")
+        path.write_text((text[0] or text[2]).rstrip() + "\n\n" + last_line(path.parent.name), encoding="utf-8")

@@ -24,9 +24,13 @@ def plain(text):
 OTHERS = [language for language in LANGUAGES if language != "en"]
 
 
+def main(language):
+    return json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))
+
+
 def sentences(language):
     """What web/words.js translates: English -> theirs."""
-    return json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["safeDenoiser"]
+    return main(language)["safeDenoiser"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,7 @@ def test_every_id_input_and_output_has_an_entry(language, schemas):
     for node_id, schema in schemas.items():
         entry = found[node_id]
         assert set(entry) == {"display_name", "description", "inputs", "outputs"}, node_id
-        assert set(entry["inputs"]) == {one.id for one in schema.inputs}, node_id
+        assert list(entry["inputs"]) == [one.id for one in schema.inputs], node_id
         assert set(entry["outputs"]) == {str(i) for i in range(len(schema.outputs))}, node_id
         for thing in [*entry["inputs"].values(), *entry["outputs"].values()]:
             assert set(thing) == {"name", "tooltip"} and thing["name"] and thing["tooltip"], (node_id, thing)
@@ -79,6 +83,13 @@ def test_the_others_are_translated(language):
 
 
 @pytest.mark.parametrize("language", OTHERS)
+def test_categories_are_translated(language, schemas):
+    """Below the pack's name; the page shows them in its list of nodes."""
+    below = {schema.category.partition("/")[2] for schema in schemas.values()} - {""}
+    assert below and set(main(language)["nodeCategories"]) == below
+
+
+@pytest.mark.parametrize("language", OTHERS)
 def test_what_the_page_says_is_translated(language):
     """All that web/*.js writes itself, and the same sentences in each language, with the same things filled in."""
     found, code = sentences(language), "".join(path.read_text(encoding="utf-8") for path in (ROOT / "web").glob("*.js"))
@@ -94,6 +105,7 @@ def test_what_the_page_says_is_translated(language):
 def test_what_a_run_says_has_a_sentence():
     """Each sentence on a node fits one of the table, so that it is not in English only."""
     from pack.safe_denoiser import sentence
+    from pack.safe_denoiser.describe import _verdict
     from pack.safe_denoiser.gain import VERDICT
 
     patterns = [re.compile(re.sub(r"\\{\d\\}", "(.+?)", re.escape(english))) for english in sentences("zh")]
@@ -103,5 +115,6 @@ def test_what_a_run_says_has_a_sentence():
     said += [sentence.afterwards(summary | changed, near, True, what) for what in ("", "“blood”") for changed in (
         {}, {"posterior": 0.2, "correction": 0.01}, {"posterior": 0.9, "correction": 0.01}, {"corrected_calls": 0})]
     said += [sentence.left(3, 9, seconds) for seconds in (20, 200)] + [f"{VERDICT}: no (30%); connect one that asks for what they show"]
-    for line in said:
+    verdicts = [_verdict(chosen, sizes, 9) for chosen in (0, 2) for sizes in ((40,), (40, 40), (2,), (2, 2))]
+    for line in said + verdicts + [line.partition(": ")[2] for line in verdicts]:
         assert line and any(pattern.fullmatch(line) for pattern in patterns), line

@@ -132,10 +132,9 @@ def test_nothing_is_downloaded_unless_asked(pack, run, monkeypatch, comfy):
     with pytest.raises(FileNotFoundError) as missing:
         run("LoadOpenCLIP", weights="pretrained tag")
     assert str(missing.value) == (
-        f"CLIP 'ViT-B-32' with the tag 'laion2b_s34b_b79k' is not on this machine; put its weights into {folder}, as "
-        f"ViT-B-32-laion2b_s34b_b79k.safetensors, and choose that file; or switch allow_download on, and allow it on this machine: make an "
-        f"empty file {folder.parent.parent / 'user' / 'safe_denoiser' / 'allow_download'}, or start ComfyUI with "
-        f"SAFE_DENOISER_ALLOW_DOWNLOAD=1")
+        "CLIP 'ViT-B-32' with the tag 'laion2b_s34b_b79k' is not on this machine; put its weights into ComfyUI/models/open_clip, as "
+        "ViT-B-32-laion2b_s34b_b79k.safetensors, and choose that file; or switch allow_download on, and allow it on this machine: make an "
+        "empty file ComfyUI/user/safe_denoiser/allow_download, or start ComfyUI with SAFE_DENOISER_ALLOW_DOWNLOAD=1")
     with pytest.raises(FileNotFoundError, match="allow it on this machine"):
         run("LoadOpenCLIP", weights="pretrained tag", allow_download=True)  # as a shared workflow may bring it along
     assert not fetched
@@ -151,7 +150,7 @@ def test_nothing_is_downloaded_unless_asked(pack, run, monkeypatch, comfy):
         shutil.rmtree(folder)
     assert "leads out of" in node.validate_inputs(weights="../x")
     assert node.validate_inputs(weights="gone.safetensors") == (
-        f"open clip 'gone.safetensors' is not on this machine; put the file there: {folder / 'gone.safetensors'}, then press R")
+        "open clip 'gone.safetensors' is not on this machine; put the file there: ComfyUI/models/open_clip/gone.safetensors, then press R")
     with pytest.raises(ValueError, match="leads out of"):
         run("LoadOpenCLIP", weights="pretrained tag", pretrained="/../../../secret")
 

@@ -109,7 +109,8 @@ def test_zip_files_and_saved_banks_are_sets(pack, run, tiny, sets, comfy):
         load("strange.safetensors")
     for name in ("gone.zip", "gone.safetensors"):
         message = pack["SafeDenoiserLoadNegationSet"].validate_inputs(folder=name)
-        assert message == f"negation set {name!r} is not on this machine; put the file there: {sets / name}, then press R"
+        place = f"ComfyUI/input/negation_sets/{name}"
+        assert message == f"negation set {name!r} is not on this machine; put the file there: {place}, then press R"
     shutil.rmtree(banks)
 
 
@@ -181,9 +182,15 @@ def test_absolute_names_are_refused(pack, run, sets):
             run(node, **{argument: str(name)})
 
 
-def test_a_missing_set_names_the_folder_to_create(pack, sets):
-    message = pack["SafeDenoiserLoadNegationSet"].validate_inputs(folder="gone")
-    assert message == f"negation set 'gone' is not on this machine; create {sets / 'gone'} and put the pictures into it, then press R"
+def test_a_missing_set_names_the_folder_to_create(pack, sets, monkeypatch):
+    def says(place):
+        message = pack["SafeDenoiserLoadNegationSet"].validate_inputs(folder="gone")
+        return message == f"negation set 'gone' is not on this machine; create {place} and put the pictures into it, then press R"
+
+    assert says("ComfyUI/input/negation_sets/gone"), "as artists call it, wherever that is"
+    with monkeypatch.context() as patch:
+        patch.setattr("folder_paths.base_path", str(sets / "elsewhere"))  # as with --input-directory
+        assert says((sets / "gone").as_posix())
     (sets / "empty").mkdir()
     assert pack["SafeDenoiserLoadNegationSet"].validate_inputs(folder="empty") is True
 
