@@ -83,7 +83,7 @@ def test_rows_are_data_and_mine_are_added(tmp_path):
     rows, published = rows_of("nudity", tmp_path / "mine.toml", "")
     assert rows[0].name == "off" and rows[-1] == Row("mine", ("negation",), safe={"strength": 1.5}) and len(rows) == 21
     assert len({row.key for row in rows}) == len(rows)
-    assert all(one["source"] and one["judge"] and one["prompts"] for one in published)
+    assert len(published) >= 3 and all(one["source"] and one["judge"] and one["prompts"] and 0 <= one["unsafe"] <= 100 for one in published)
     assert [row.name for row in rows_of("nudity", None, "SAFREE")[0]] == ["off", "SAFREE", "SAFREE and published safe denoiser"]
     (tmp_path / "mine.toml").write_text('[[row]]\nname = "mine"\nstrength = 2\n')
     with pytest.raises(SystemExit, match="strength"):
