@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 from PIL import Image
@@ -94,19 +95,21 @@ def test_stopped_by_hand_it_leaves_a_table_and_comes_to_the_same_pictures(whole)
 
 @pytest.mark.slow
 def test_killed_20_times_at_random_moments_it_comes_to_the_same_pictures(tmp_path):
-    more, moments, counts = ("--only", "unwanted, negation", "--seeds", 1, "--pictures", 60, "--batch", 2), random.Random(0), []
+    more, moments, counts = ("--only", "unwanted, negation", "--seeds", 1, "--limit", 32, "--batch", 2), random.Random(0), []
     finish(start(tmp_path / "whole", *more, table="classes"))
+    whole = files(tmp_path / "whole")
+    spent = [json.loads(line)["seconds"] for path in (tmp_path / "whole/pictures").rglob("times.jsonl") for line in path.open()]
     for _ in range(20):
         process = start(tmp_path / "cut", *more, table="classes")
         until_pictures(process)
-        time.sleep(moments.uniform(0, 1.5))
+        time.sleep(moments.uniform(0, 3) * median(spent))  # in the second to the fourth batch of this start, or between them
         process.kill()
         process.communicate()
         counts.append(len(files(tmp_path / "cut")))
     finish(start(tmp_path / "cut", *more, table="classes"))
-    whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
-    print(f"\npictures after each kill: {counts}, of {len(whole)}")
-    assert counts == sorted(counts) and counts[0] < len(whole), "it was killed while there was work left, and nothing was lost"
+    cut = files(tmp_path / "cut")
+    print(f"\npictures after each kill: {counts}, of {len(whole)}; {median(spent):.2f} s per batch")
+    assert counts == sorted(counts) and counts[-1] < len(whole), "each kill met work, and nothing was lost"
     assert set(cut) == set(whole), "none is missing, none is there twice"
     assert cut == whole, "the same bytes"
     assert not list((tmp_path / "cut/pictures").rglob("*.part*"))
