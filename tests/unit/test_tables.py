@@ -329,6 +329,9 @@ def test_the_page_needs_no_network_and_shows_no_markup_of_prompts(tmp_path):
     text = page.html(told, ROWS, CASES, tmp_path, judged, [Absent(), Red()])
     assert "http" not in text.replace("http-equiv", "") and "<b>" not in text and "T &lt;b&gt;" in text and "filter: blur" in text
     data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    assert "<th>kept %</th>" in text and "direct" not in text
+    told["rows"][0]["direct"] = result.rate(3, 4)
+    assert "<th>direct %</th>" in (more := page.html(told, ROWS, CASES, tmp_path, judged, [Absent(), Red()])) and "3 of 4</td>" in more
     assert len(data["pictures"]) == 8 and all((tmp_path / path).exists() for one in data["pictures"] for path in one["pictures"])
 
 
