@@ -116,9 +116,9 @@ class ByWitness(Rule):
     unwanted ones through); the last term is the evidence that two noise predictions give against each other once the noise is low enough.
 
     A prompt that asks for the unwanted thing alone, or for it and more, has no safe picture: as t goes from RELEASE[0] to RELEASE[1], f
-    goes from 0 to 1, E_b, what it asks for `without` that, takes the place of E_c in all of this, and the share is `prior`. In the metric of
-    the model's own pictures t nears 1 under such prompts as soon as x shows a little, and where a prompt has safe pictures only when x is
-    to be none of them; without a metric 1 - sqrt(gap) at the first call stands for it, which finds only the thing alone. Where no prompt
+    goes from 0 to 1, E_b, what it asks for `without` that, takes the place of E_c in all of this, and the share is `prior`. In the metric
+    of the model's own pictures t nears 1 under such prompts as soon as x shows a little; where a prompt has safe pictures, only when x is
+    to be none of them. Without a metric 1 - sqrt(gap) at the first call stands for t, which finds only the thing alone. Where no prompt
     says anything (E_c = E_0) the share is `prior` too.
     Source of the correction: arXiv:2502.08011, Thm 3.2; r is ours.
 
