@@ -8,7 +8,7 @@ import torch
 
 from safe_denoiser import Bank, NegationSet, Report, SafeDenoiser
 from safe_denoiser.sheets import sheet
-from safe_denoiser.weak import weaknesses
+from safe_denoiser.weak import NO_METRIC, weaknesses
 
 
 def run(sigmas, denoised=None, **settings):
@@ -134,6 +134,12 @@ def test_a_reference_bank_that_distances_cannot_tell_apart_is_a_weak_set_up():
     assert weaknesses(SafeDenoiser(apart, reference=reference), False) == []
     assert "Learn Unwanted Condition" in weaknesses(SafeDenoiser(alike, reference=reference), False)[0]
     assert weaknesses(SafeDenoiser(alike, reference=reference), True) == []
+
+
+def test_words_without_a_bank_are_a_weak_set_up():
+    some = Bank(torch.ones(15, 4, 4, 4))
+    assert weaknesses(SafeDenoiser(None), True) == [NO_METRIC]
+    assert weaknesses(SafeDenoiser(None, reference=some), True) == weaknesses(SafeDenoiser(None, retain=some), True) == []
 
 
 @pytest.mark.parametrize("settings, by_words, count, weak", [
