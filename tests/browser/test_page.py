@@ -574,12 +574,13 @@ def test_the_search_finds_the_nodes_by_what_people_call_them(page):
 
 
 @BOTH
-def test_a_blueprint_is_there_with_its_knobs_and_runs(page):
+@pytest.mark.parametrize("name", ["Sample safely", "Keep a folder out"])
+def test_a_blueprint_is_there_with_its_knobs_and_runs(page, name):
     """Its sampler is in a subgraph, and says what it did on both."""
     if page.view.evaluate("async () => (await app.api.fetchApi('/global_subgraphs')).status") != 200:
         pytest.skip("this ComfyUI knows no blueprints of packs")
     page.load("Tiny digits")
-    search(page, "Sample safely", enter=True)
+    search(page, name, enter=True)
     knobs = page.view.evaluate("""seed => {
         const node = app.graph.nodes.find(n => n.subgraph), find = kind => app.graph.nodes.find(n => n.type === kind);
         const slot = name => node.inputs.findIndex(one => one.name === name), old = find('SafeDenoiserKSampler');
@@ -589,6 +590,12 @@ def test_a_blueprint_is_there_with_its_knobs_and_runs(page):
         }
         find('SafeDenoiserLoadTinyWorld').connect(1, node, slot('vae'));
         find('SafeDenoiserLoadNegationSet').connect(0, node, slot('negation_set'));
+        const learn = node.subgraph.nodes.find(n => n.type === 'SafeDenoiserLearnUnwantedCondition');
+        if (learn) {
+            const empty = app.graph.links.get(old.inputs.find(one => one.name === 'negative').link);
+            app.graph.getNodeById(empty.origin_id).connect(empty.origin_slot, node, slot('neutral'));
+            learn.widgets.find(w => w.name === 'steps').value = 4;
+        }
         node.connect(0, app.graph.nodes.find(n => n.type === 'VAEDecode' && n.title.includes('on')), 0);
         for (const [name, value] of Object.entries({count: 4, cfg: 2, seed})) node.widgets.find(w => w.name === name).value = value;
         return node.widgets.map(w => w.name);
@@ -598,7 +605,9 @@ def test_a_blueprint_is_there_with_its_knobs_and_runs(page):
         .find(w => w.name === 'safe_denoiser_text').element.textContent""")
     assert warned.startswith("the first run draws as many pictures as count says")
     entry = page.run()
-    assert {"SafeDenoiserSampleReferenceBank", "SafeDenoiserKSampler"} <= {node["class_type"] for node in entry["prompt"][2].values()}
+    ran = {node["class_type"]: node["inputs"] for node in entry["prompt"][2].values()}
+    assert "SafeDenoiserSampleReferenceBank" in ran
+    assert ("unwanted" in ran["SafeDenoiserKSampler"]) == ("SafeDenoiserLearnUnwantedCondition" in ran) == (name == "Keep a folder out")
     told = page.view.evaluate("""() => { const node = app.graph.nodes.find(n => n.subgraph);
         return [node, node.subgraph.nodes.find(n => n.type === 'SafeDenoiserKSampler')].map(
             n => n.widgets.find(w => w.name === 'safe_denoiser_text')?.element?.textContent) }""")

@@ -83,7 +83,7 @@ def test_the_archive_holds_what_runs_and_nothing_else():
                  "web/docs/SafeDenoiserReport/ja.md", "web/docs/img/SafeDenoiserReport.png",
                  "locales/zh/nodeDefs.json", "example_workflows/1 Try it.json", "example_workflows/1 Try it.jpg",
                  "tiny_digits/models/diffusion_models/tiny_digits.safetensors", "LICENSE", "requirements.txt",
-                 "subgraphs/Sample safely.json", "pyproject.toml"):
+                 "subgraphs/Sample safely.json", "subgraphs/Keep a folder out.json", "pyproject.toml"):
         assert (ROOT / path).is_file() and ships(path), path
     for path in ("tests/conftest.py", "benchmarks/safety.py", "dev.py", "assets/banner.svg", "tiny_digits/world.py",
                  "tiny_photos/world.py", ".github/workflows/test.yml"):
