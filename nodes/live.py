@@ -60,7 +60,8 @@ class Live:
     def send(self, text: str) -> None:
         if self.board:
             self.board.paragraphs[self.author] = text
-            text = "\n".join(dict.fromkeys("\n".join(self.board.paragraphs.values()).splitlines()))  # what all say is said once
+            lines = (line for paragraph in self.board.paragraphs.values() for line in paragraph.splitlines())
+            text = "\n".join(dict.fromkeys(lines))  # what all say is said once
         if self.context is not None and self.server is not None and self.server.client_id is not None:
             node = self.board and self.board.node or self.context.node_id
             message = {"node": node, "prompt_id": self.context.prompt_id, "text": text}

@@ -18,7 +18,7 @@ def weaknesses(denoiser: SafeDenoiser, by_words: bool) -> list[str]:
         found.append(f"weak set-up: {method} was published with strength 0.33 and end 0.22")
     if method == "safe_denoiser" and denoiser.strength > 2:
         found.append("weak set-up: strength above 2 spoils pictures")
-    if method == "safe_denoiser" and by_words and {bank, denoiser.retain, denoiser.reference} == {None}:
+    if method == "safe_denoiser" and by_words and (denoiser.view.other or bank) is None:
         found.append(NO_METRIC)
     if method == "safe_denoiser" and bank is not None:
         if not by_words and denoiser.retain is None and not denoiser.view.sees:

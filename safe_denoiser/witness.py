@@ -147,26 +147,29 @@ class ByWitness(Rule):
         asked = p.denoised if p.conditional is None else p.conditional
         zero = p.unconditional if p.neutral is None else p.neutral
         wiener = self.model.denoised(p.x, p.sigma, p.alpha) if self.others else None
-        t, told, released = self._asks(p, asked, zero, wiener, memory)
+        t, told, released, unasked = self._asks(p, asked, zero, wiener, memory)
         kept = asked if zero is None else without(asked, zero, p.unwanted, released)
         r = torch.sigmoid(self._log_odds(p, kept, [y for y in (zero, wiener) if y is not None], told / (1 - told), memory))
         capped, weighed = r.clamp_max(self.posterior_max), self._weighed(p)
-        push = torch.lerp(weighed, torch.ones_like(weighed), released)  # by the prior: what is not asked for is not guided
+        push = torch.lerp(weighed, torch.ones_like(weighed), unasked)  # what is not asked for is not guided
         if zero is not None:
             capped = capped.minimum(within_reach(kept, zero, p.unwanted, push))
         direction = weighed[:, None] * (kept - asked) + push[:, None] * from_witness(kept, p.unwanted, capped)
         return Correction.unasked(direction, capped, r > self.posterior_max, t)
 
     def _asks(self, p: Prediction, asked: Tensor, zero: Tensor | None, wiener: Tensor | None, memory: dict) -> tuple[Tensor, ...]:
-        """t, the share that it tells, and how much of the unwanted thing is to be taken out of what the prompt asks for, (B,) each."""
+        """t, the share that it tells, how much of the unwanted thing is to be taken out of what the prompt asks for, and how far the share
+        is the prior's: because that is taken out, or the prompt says nothing; (B,) each.
+        """
         if zero is not None:
             t, apart = (of(asked, zero, p.unwanted, self.model) for of in (coordinate, gap))
             begun = first(memory, "gap", p.sigma, apart)
             alone = t if self.model is not None else 1 - begun.sqrt()
             released = ((alone - RELEASE[0]) / (RELEASE[1] - RELEASE[0])).clamp(0, 1)
             silent = (asked - zero).square().sum(1) <= SILENT * (p.unwanted - zero).square().sum(1)
-            told = torch.lerp(share(t, apart, begun, self.prior), torch.full_like(t, self.prior), torch.where(silent, 1, released))
-            return t, told.clamp(0, SURE), released
+            unasked = torch.where(silent, 1, released)
+            told = torch.lerp(share(t, apart, begun, self.prior), torch.full_like(t, self.prior), unasked)
+            return t, told.clamp(0, SURE), released, unasked
         begins = p.sigma >= first(memory, "begins", p.sigma, p.sigma)
         t = torch.full_like(p.sigma, self.prior)
         if wiener is not None:  # it stands in for E_0 while x tells nothing; later it lacks the detail that E_c and E_n share
@@ -174,7 +177,8 @@ class ByWitness(Rule):
             blind = p.alpha.square() * self.model.level < NOISE * p.sigma.square()
             t = torch.where(blind, self.prior + (1 - self.prior) * told, t)  # E_c = E_0 is r = prior
         t = torch.where(begins, t, 0)
-        return t, t.clamp(0, SURE), torch.zeros_like(t)
+        none = torch.zeros_like(t)
+        return t, t.clamp(0, SURE), none, none
 
     def _log_odds(self, p: Prediction, kept: Tensor, seen_from: list[Tensor], odds: Tensor, memory: dict) -> Tensor:
         """logit r, (B,), of a prediction whose share alone gives `odds`."""
@@ -188,10 +192,7 @@ class ByWitness(Rule):
         return logit - DOUBT * (p.alpha / p.sigma).square() * apart
 
     def _weighed(self, p: Prediction) -> Tensor:
-        """<denoised - E_0, E_c - E_0> / |E_c - E_0|^2, (B,): how many times guidance weighs E_c, whatever guidance it is; 1 without it, and
-        where the prompt says nothing.
-        """
+        """<denoised - E_0, E_c - E_0> / |E_c - E_0|^2, (B,): how many times guidance weighs E_c, whatever guidance it is; 1 without."""
         if p.unconditional is None or p.conditional is None:
             return torch.ones_like(p.sigma)
-        weighed = projection(p.denoised, p.conditional, p.unconditional).clamp_min(0)
-        return torch.where((p.conditional == p.unconditional).all(1), 1, weighed)
+        return projection(p.denoised, p.conditional, p.unconditional).clamp_min(0)

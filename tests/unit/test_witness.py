@@ -149,6 +149,15 @@ def test_no_prompt_takes_the_prior():
     assert float(ByWitness(prior=0.3).correct(p, {}).posterior) == pytest.approx(0.3, abs=1e-3)
 
 
+def test_a_prompt_that_says_next_to_nothing_is_none():
+    """Two rows of one batch differ by rounding: what is pushed by the prior is not guided for that."""
+    def pushed(asked):
+        one = torch.ones(1, dtype=F64)
+        return ByWitness(prior=0.25).correct(Prediction(0 * ZERO, ZERO + 7 * (asked - ZERO), 50 * one, one, ZERO, asked, UNWANTED), {})
+
+    torch.testing.assert_close(pushed(ZERO + 1e-4).direction, pushed(ZERO).direction, rtol=1e-2, atol=1e-3)
+
+
 def test_cfg_1_without_a_neutral_condition():
     """Nothing to measure t from: the prior; with the model's own pictures, their mean, as long as x tells nothing."""
     draw = torch.Generator().manual_seed(0)
