@@ -113,9 +113,9 @@ def embed(clip, negation_set: NegationSet) -> torch.Tensor:
     return clip.pictures(negation_set, progress())
 
 
-def clip_inputs(what: str, **options) -> list[io.Input]:
-    return [ClipType.Input("clip", tooltip="From Load OpenCLIP.", **options),
-            NegationSetType.Input("negation_set", tooltip=what, **options)]
+def clip_inputs(what: str, more: str = "", **options) -> list[io.Input]:
+    return [ClipType.Input("clip", tooltip=f"From Load OpenCLIP.{more}", **options),
+            NegationSetType.Input("negation_set", tooltip=what + more, **options)]
 
 
 NODES = [LoadOpenCLIP]

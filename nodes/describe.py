@@ -109,7 +109,7 @@ class DescribeNegationSet(io.ComfyNode):
                         "without writing one.",
             is_input_list=True,  # images may be a list: one description beside all of them, not one beside each
             inputs=[
-                *clip_inputs("The pictures to describe. Optional with a model.", optional=True),
+                *clip_inputs("The pictures to describe.", " Optional with a model.", optional=True),
                 io.String.Input("phrases", default=PHRASES, multiline=True,
                                 tooltip="What the pictures may show, one phrase per line, and what other pictures show: all lines are held "
                                         "against each other. Only these are found, so add what you expect."),

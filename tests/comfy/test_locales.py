@@ -102,6 +102,31 @@ def test_what_the_page_says_is_translated(language):
         assert set(re.findall(r"\d+(?:\.\d+)?", theirs)) == set(re.findall(r"\d+(?:\.\d+)?", english)), english
 
 
+def texts(entry):
+    """All strings of a nested table."""
+    return [entry] if isinstance(entry, str) else [text for one in entry.values() for text in texts(one)]
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_our_nodes_are_called_by_the_names_that_they_have_there(language):
+    """In tooltips, live texts and help pages; messages, which are English, are in backquotes there."""
+    ours, theirs = words("en"), words(language)
+    pages = [re.sub("`.+?`", "", path.read_text(encoding="utf-8")) for path in (ROOT / "web/docs").glob(f"*/{language}.md")]
+    assert len(pages) == len(ours)
+    for node_id, entry in ours.items():
+        name, here = entry["display_name"], theirs[node_id]["display_name"]
+        assert here != name and not [text for text in [*texts(theirs), *texts(main(language)), *pages] if name in text], (name, here)
+
+
+@pytest.mark.parametrize("language, label", {"zh": "运行", "ja": "実行する", "ko": "실행", "fr": "Exécuter", "es": "Ejecutar"}.items())
+def test_the_button_is_called_what_the_page_calls_it(language, label):
+    """`menu.run` of comfyui-frontend-package 1.27.10 and 1.49.6."""
+    pressed = [theirs for english, theirs in sentences(language).items() if "press Run" in english]
+    pages = [(ROOT / f"web/docs/{node_id}/{language}.md").read_text(encoding="utf-8")
+             for node_id in ("SafeDenoiserKeepOut", "SafeDenoiserLearnUnwantedCondition")]
+    assert pressed and all(label in text and not re.search(r"\bRun\b", text) for text in pressed + pages)
+
+
 def test_what_a_run_says_has_a_sentence():
     """Each sentence on a node fits one of the table, so that it is not in English only."""
     from pack.safe_denoiser import sentence
