@@ -13,7 +13,7 @@ import platform
 import signal
 import sys
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,6 +31,7 @@ CLIP = ROOT / "tiny_digits/models/open_clip/tiny_clip"
 ROWS = {"nudity": "text", "concepts": "text", "classes": "plain", "unconditional": "plain", "memorised": "memory"}
 SLD_WORDS = ("hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily fluids, blood, obscene gestures, "
              "illegal activity, drug use, theft, vandalism, weapons, child abuse, brutality, cruelty")  # arXiv:2211.05105, section 3
+ALL_STEPS, STEPS_PER_PICTURE = 150, 10  # of Learn Unwanted Condition: its default, and for each picture of --limit
 SEND = "To send it: zip `table.md` and `table.json` (no picture is in them) and attach the file to an issue of this repository."
 
 
@@ -90,6 +91,14 @@ def rows_of(table: str, mine: Path | None, only: str) -> tuple[list[Row], list[d
                          f"{', '.join(Row.__dataclass_fields__)}") from error
     published = [one for one in [*shipped.get("published", ()), *added.get("published", ())] if one["table"] == table]
     return [row for row in rows if only in row.name or row.name == "off"], published
+
+
+def shortened(row: Row, limit: int) -> Row:
+    """For a first look at the tiny world: learning in proportion to the pictures, and the row says so. It has pictures of its own."""
+    steps = STEPS_PER_PICTURE * limit
+    if row.unwanted != "learned" or row.learn or steps >= ALL_STEPS:
+        return row
+    return replace(row, name=f"{row.name}, {steps} steps of {ALL_STEPS} because of --limit", learn={"steps": steps})
 
 
 def digest(path: Path) -> str:
@@ -270,7 +279,11 @@ def main(arguments_=None) -> int:
     if options.tiny:
         for name in ("input", "models/diffusion_models", "output", "user", "temp", "custom_nodes"):
             (base / name).mkdir(parents=True, exist_ok=True)
-    runner = Remote(options.server) if options.server else InProcess(find_comfyui(options.comfyui), base)
+    if options.tiny and options.limit:
+        rows = [shortened(row, options.limit) for row in rows]
+    say = partial(print, flush=True)
+    say("loading ComfyUI")
+    runner = Remote(options.server) if options.server else InProcess(find_comfyui(options.comfyui), base, say)
     setup, cases, found, said = prepare(options, defaults, runner, base)
     about = hashes(setup, runner) | said
     same_run(out, setup, about)
@@ -278,10 +291,10 @@ def main(arguments_=None) -> int:
     batch = options.batch or (50 if options.tiny else 4)
     failed, stopped = {}, False
     try:
-        failed = run.sample(setup, rows, cases, runner, out, batch, lambda line: print(line, flush=True))
+        failed = run.sample(setup, rows, cases, runner, out, batch, say)
     except KeyboardInterrupt:
         stopped = True
-        print("stopped: the table is of what is there; the same command goes on", flush=True)
+        say("stopped: the table is of what is there; the same command goes on")
     tell(options, setup, rows, cases, found, about | {"sampled by": runner.version} | versions(), published, out, failed, title)
     return 130 if stopped else int(len(failed) == len(rows))
 

@@ -5,6 +5,7 @@ import io
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from dev import Api
 
 ROOT = Path(__file__).resolve().parents[2]
+QUIET = 3.0  # seconds between two lines about a node that takes long
 
 
 class OutOfMemory(Exception):
@@ -22,10 +24,11 @@ class OutOfMemory(Exception):
 class InProcess:
     """ComfyUI in this process with the pack loaded as ComfyUI loads it. What nodes made is kept while later graphs ask for it.
 
-    `base` is another base directory than ComfyUI's own folder, as its option --base-directory.
+    `base` is another base directory than ComfyUI's own folder, as its option --base-directory. `say` is told how far a node of the pack is
+    that takes long, as one that learns.
     """
 
-    def __init__(self, comfyui: Path, base: Path | None = None):
+    def __init__(self, comfyui: Path, base: Path | None = None, say: Callable[[str], None] | None = None):
         sys.path.insert(0, str(comfyui))  # before the pack's root, whose `nodes` would shadow ComfyUI's
         import torch
         from comfy.cli_args import args
@@ -51,7 +54,21 @@ class InProcess:
         found = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())
         self.classes = nodes.NODE_CLASS_MAPPINGS | {node.GET_SCHEMA().node_id: node for node in found}
         self.version, self.made, self.torch = f"ComfyUI {comfyui_version.__version__}, in process", {}, torch
+        self.doing = {"name": "", "since": 0.0}
         self.memory = torch.cuda.is_available() and not args.cpu
+        if say:
+            comfy.utils.set_progress_bar_global_hook(self.progress(say))
+
+    def progress(self, say: Callable[[str], None]) -> Callable:
+        """For ComfyUI's bars, but not KSampler's: its pictures are counted."""
+        doing = self.doing  # and not self, whose models would else live as long as ComfyUI
+
+        def hook(done, total, *_, **__):
+            if doing["name"] and time.monotonic() - doing["since"] > QUIET:
+                doing["since"] = time.monotonic()
+                say(f"once, before pictures are drawn with it: {doing['name']}, {done} of {total}")
+
+        return hook
 
     def add_folder(self, kind: str, path: Path) -> None:
         import folder_paths
@@ -90,6 +107,7 @@ class InProcess:
         if key not in self.made:
             node, inputs = self.classes[nodes[key]["class_type"]], nodes[key]["inputs"]
             given = {name: self.output(nodes, value) if isinstance(value, list) else value for name, value in inputs.items()}
+            self.doing |= {"name": node.GET_SCHEMA().display_name if hasattr(node, "GET_SCHEMA") else "", "since": time.monotonic()}
             self.made[key] = self.call(node, given)
         return self.made[key][number]
 

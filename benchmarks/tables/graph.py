@@ -16,13 +16,15 @@ class Row:
     guard: dict | None = None  # settings of Guard Prompt
     sld: dict | None = None  # settings of Guard Model (SLD)
     check: dict | None = None  # settings of Check Images
+    learn: dict | None = None  # settings of Learn Unwanted Condition
     source: str = ""  # where the settings are published
 
     @property
     def key(self) -> str:
         """Name of its folder: readable, and another one for other settings."""
         kept = "".join(letter if letter.isalnum() else "_" for letter in self.name)[:50]
-        return f"{kept}-{hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]}"
+        given = {name: value for name, value in asdict(self).items() if name != "learn" or value}  # which came later
+        return f"{kept}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def unwanted(g: Graph, s: Setup, row: Row, case: Case, model, clip, negation_set
     """The condition that asks for what must not come out."""
     if row.unwanted == "learned":
         return g.add("SafeDenoiserLearnUnwantedCondition", model=model, negation_bank=negation, neutral=encoded(g, s, clip, ""),
-                     seconds=s.learn_seconds)
+                     seconds=s.learn_seconds, **row.learn or {})
     if row.unwanted == "described":
         words = g.add("SafeDenoiserDescribeNegationSet", negation_set=negation_set,
                       clip=g.add("SafeDenoiserLoadOpenCLIP", **s.open_clip))

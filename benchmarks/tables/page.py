@@ -1,6 +1,7 @@
 """The page to look at the pictures: one file without any network, the pictures beside it, each blurred until it is asked for."""
 import html as markup
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from .graph import Case, Row
 from .judges import key_of
 from .run import path_of
 
+LETTER, LINE = 7, 13  # of a label of the plot, at most
 SMALL = 192  # larger pictures get a thumbnail of this size
 
 
@@ -51,6 +53,41 @@ def unsafe(path: Path, judged, judges: list) -> bool:
                for judge in judges if judge.name not in judged.missing)
 
 
+def spans(numbers: list[int]) -> str:
+    """Numbers in few letters: 1, 3-5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}, {b}" if b == a + 1 else f"{a}-{b}" for a, b in runs)
+
+
+def labels(points: list[tuple[float, float, int]], middle: float) -> list[tuple[float, float, str, str]]:
+    """(x, y, anchor, text) of each label. Those that would cover each other are one: rows in the same place are usual, as where nothing is
+    unsafe any more and all is kept.
+    """
+    def label(group):
+        x, y, _ = group[0]
+        left = x > middle  # there is room to the left of it
+        return x + (-6 if left else 6), y - 6, "end" if left else "start", spans([number for _, _, number in group])
+
+    def box(group):
+        x, y, anchor, text = label(group)
+        return (x - LETTER * len(text) * (anchor == "end"), y - LINE, x + LETTER * len(text) * (anchor == "start"), y)
+
+    groups = [[point] for point in points]
+    while pair := next(((a, b) for a, b in combinations(groups, 2) if meet(box(a), box(b))), None):
+        groups.remove(pair[1])
+        pair[0].extend(pair[1])
+    return [label(group) for group in groups]
+
+
+def meet(a: tuple, b: tuple) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
 def plot(lines: list[dict], judge: str) -> str:
     """Unsafe rate against harmless prompts kept, each row a point with its intervals, as SVG; lower right is better."""
     width, height, left, bottom = 560, 360, 50, 40
@@ -61,15 +98,17 @@ def plot(lines: list[dict], judge: str) -> str:
     def y(percent):
         return height - bottom - percent / 100 * (height - bottom - 20)
 
-    marks = []
+    marks, points = [], []
     for number, line in enumerate(lines, 1):
         a, b = line.get("kept") or (number == 1 and {"percent": 100, "low": 100, "high": 100}), line["unsafe"].get(judge)
         if a and b:
             said = f"{line['row']}: unsafe {b['percent']:.1f} %, kept {a['percent']:.1f} %"
             marks.append(f'<g class="point"><title>{markup.escape(said)}</title>'
                          f'<path d="M{x(a["low"]):.1f} {y(b["percent"]):.1f}H{x(a["high"]):.1f}M{x(a["percent"]):.1f} {y(b["low"]):.1f}'
-                         f'V{y(b["high"]):.1f}"/><circle cx="{x(a["percent"]):.1f}" cy="{y(b["percent"]):.1f}" r="4"/>'
-                         f'<text x="{x(a["percent"]) + 6:.1f}" y="{y(b["percent"]) - 6:.1f}">{number}</text></g>')
+                         f'V{y(b["high"]):.1f}"/><circle cx="{x(a["percent"]):.1f}" cy="{y(b["percent"]):.1f}" r="4"/></g>')
+            points.append((x(a["percent"]), y(b["percent"]), number))
+    marks += [f'<text class="label" x="{across:.1f}" y="{down:.1f}" text-anchor="{anchor}">{text}</text>'
+              for across, down, anchor, text in labels(points, width / 2)]
     ticks = "".join(f'<text class="tick" x="{x(p):.0f}" y="{height - bottom + 16}" text-anchor="middle">{p}</text>'
                     f'<text class="tick" x="{left - 6}" y="{y(p) + 4:.0f}" text-anchor="end">{p}</text>' for p in (0, 25, 50, 75, 100))
     nothing = "" if marks else f'<text x="{width / 2}" y="{height / 2}" text-anchor="middle">no row has both figures yet</text>'
@@ -78,6 +117,17 @@ def plot(lines: list[dict], judge: str) -> str:
             f'<text x="{width / 2}" y="{height - 6}" text-anchor="middle">harmless prompts kept, %</text>'
             f'<text transform="translate(13 {height / 2}) rotate(-90)" text-anchor="middle">unsafe, % ({markup.escape(judge)})</text>'
             "</svg>")
+
+
+def published(result: dict) -> str:
+    """Figures of others below ours, each with whether it can be compared."""
+    rows = ""
+    for one in result.get("published", ()):
+        cells = "".join(f"<td>{markup.escape(str(one[name]))}</td>" for name in ("row", "unsafe", "judge", "prompts", "source"))
+        said = "<td>comparable" if one["comparable"] else '<td class="missing">not comparable: another judge or other prompts'
+        rows += f"<tr>{cells}{said}</td></tr>"
+    head = "".join(f"<th>{name}</th>" for name in ("published", "unsafe %", "judge", "prompts", "source", ""))
+    return f'<table class="published"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>' if rows else ""
 
 
 def html(result: dict, rows: list[Row], cases: list[Case], out: Path, judged, judges: list) -> str:
@@ -96,6 +146,7 @@ def html(result: dict, rows: list[Row], cases: list[Case], out: Path, judged, ju
     missing = "".join(f"<li>not measured: {markup.escape(name)}. {markup.escape(why)}</li>" for name, why in result["missing"].items())
     text = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     for name, value in {"TITLE": markup.escape(result["title"]), "TABLE": f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>",
-                        "MISSING": missing, "PLOT": plot(result["rows"], told), "DATA": data.replace("<", "\\u003c")}.items():
+                        "MISSING": missing, "PUBLISHED": published(result), "PLOT": plot(result["rows"], told),
+                        "DATA": data.replace("<", "\\u003c")}.items():
         text = text.replace(f"<!--{name}-->", value)
     return text

@@ -1,4 +1,6 @@
 """The page of `python -m benchmarks.tables` in a real browser: nothing is shown by itself, and 20 rows of 100 prompts do not stutter."""
+from itertools import combinations
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -31,7 +33,9 @@ def folder(tmp_path_factory):
     lines = [{"row": row.name, "unsafe": {"a judge": rate(20 - i, 100)}, "kept": rate(99 - 2 * i, 100) if i else None, "seconds": 1.5}
              for i, row in enumerate(ROWS)]
     lines[3]["failed"] = "this node is broken"
-    told = {"title": "Twenty rows", "rows": lines, "judges": {"a judge": "a judge"}, "missing": {"another": "pip install .[tables]"}}
+    told = {"title": "Twenty rows", "rows": lines, "judges": {"a judge": "a judge"}, "missing": {"another": "pip install .[tables]"},
+            "published": [{"row": "theirs", "unsafe": 12.5, "judge": "a judge", "prompts": "a list", "source": "a paper",
+                           "comparable": False}]}
     (out / "index.html").write_text(page.html(told, ROWS, CASES, out, Judged(out), [Judge()]), encoding="utf-8")
     return out
 
@@ -74,6 +78,12 @@ def test_what_changed_most_comes_first_and_the_table_and_the_plot_are_there(view
     text = view.locator("body").inner_text()
     assert "failed: this node is broken" in text and "not measured: another. pip install .[tables]" in text
     assert view.locator("svg .point").count() == 20
+    assert view.locator(".published tbody tr").all_inner_texts() == [
+        "theirs\t12.5\ta judge\ta list\ta paper\tnot comparable: another judge or other prompts"]
+    boxes = view.evaluate("[...document.querySelectorAll('svg .label')].map(one => one.getBBox()).map(({x, y, width, height}) => "
+                          "[x, y, x + width, y + height])")
+    assert len(boxes) > 5 and all(box[0] >= 0 and box[2] <= 560 for box in boxes)
+    assert not [pair for pair in combinations(boxes, 2) if page.meet(*([x0, y0 + 2, x1, y1 - 2] for x0, y0, x1, y1 in pair))]
     for scheme in ("light", "dark"):
         view.emulate_media(color_scheme=scheme)
         back, front = view.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")

@@ -55,10 +55,12 @@ def files(out):
 
 def until_pictures(process):
     """Wait for the first line of progress."""
+    said = []
     for line in process.stdout:
+        said.append(line)
         if " pictures, " in line:
             return
-    raise AssertionError("it ended before it drew anything")
+    raise AssertionError(f"it ended before it drew anything: {''.join(said)}")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ def test_conditions_are_kept_for_the_next_graph_models_for_all_and_pictures_are_
             made.append(kind)
             return (values[kind],)
 
-    runner.made, runner.memory, runner.torch, runner.classes = {}, False, torch, {"Node": Node}
+    runner.made, runner.doing, runner.memory, runner.torch, runner.classes = {}, {}, False, torch, {"Node": Node}
     model = {"m": {"class_type": "Node", "inputs": {"kind": "model"}}}
     other = {"p": {"class_type": "Node", "inputs": {"kind": "picture", "model": ["m", 0]}}}
     both = {"c": {"class_type": "Node", "inputs": {"kind": "condition"}},

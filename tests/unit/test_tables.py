@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from benchmarks.tables import judges, page, result, run, tiny
-from benchmarks.tables.__main__ import about_of, hashes, rows_of, same_run
-from benchmarks.tables.comfyui import OutOfMemory
+from benchmarks.tables.__main__ import about_of, hashes, rows_of, same_run, shortened
+from benchmarks.tables.comfyui import InProcess, OutOfMemory
 from benchmarks.tables.graph import Case, Row, Setup, build
 from benchmarks.tables.prompts import read
 
@@ -333,6 +333,43 @@ def test_the_page_needs_no_network_and_shows_no_markup_of_prompts(tmp_path):
     told["rows"][0]["direct"] = result.rate(3, 4)
     assert "<th>direct %</th>" in (more := page.html(told, ROWS, CASES, tmp_path, judged, [Absent(), Red()])) and "3 of 4</td>" in more
     assert len(data["pictures"]) == 8 and all((tmp_path / path).exists() for one in data["pictures"] for path in one["pictures"])
+
+
+def test_labels_of_points_in_one_place_are_one_and_no_two_cover_each_other():
+    assert page.spans([3, 1, 4, 5, 8, 9]) == "1, 3-5, 8, 9"
+    same = [(540.0, 20.0, number) for number in (1, 2, 3)]
+    assert page.labels([*same, (540.0, 200.0, 4), (60.0, 200.0, 5)], 280) == [
+        (534.0, 14.0, "end", "1-3"), (534.0, 194.0, "end", "4"), (66.0, 194.0, "start", "5")]
+    crowd = [(float(x), float(y), number) for number, (x, y) in enumerate(np.random.default_rng(0).uniform(50, 100, (30, 2)))]
+    assert 1 <= len(page.labels(crowd, 280)) < 30
+
+
+def test_published_figures_are_on_the_page_marked_where_they_cannot_be_compared(tmp_path):
+    judged, told = table(tmp_path)
+    told["published"].append(told["published"][0] | {"row": "<same>", "comparable": True})
+    text = page.html(told, ROWS, CASES, tmp_path, judged, [Absent(), Red()])
+    assert "<td>theirs</td><td>12.0</td><td>red</td><td>list</td><td>a paper</td><td class=\"missing\">not comparable" in text
+    assert "<td>&lt;same&gt;</td>" in text and text.count("<td>comparable</td>") == 1
+
+
+def test_a_first_look_at_the_tiny_world_learns_less_and_says_so():
+    learned, other = Row("learned", ("negation",), "learned", safe={}), Row("words", (), "words", safe={})
+    short = shortened(learned, 4)
+    assert short.name == "learned, 40 steps of 150 because of --limit" and short.key != learned.key
+    assert (shortened(other, 4), shortened(learned, 15)) == (other, learned)
+    nodes, _ = build(SETUP, short, Case("unsafe", "a lamp", 1, negatives="rain"), 0, 1)
+    assert next(node for node in nodes.values() if node["class_type"] == "SafeDenoiserLearnUnwantedCondition")["inputs"]["steps"] == 40
+
+
+def test_nodes_of_the_pack_that_take_long_say_how_far_they_are(monkeypatch):
+    runner, said, now = InProcess.__new__(InProcess), [], [0.0]
+    monkeypatch.setattr("benchmarks.tables.comfyui.time", SimpleNamespace(monotonic=lambda: now[0]))
+    runner.doing = {"name": "", "since": 0.0}
+    hook = runner.progress(said.append)
+    for name, seconds in (("", 9.0), ("Learn", 9.0), ("Learn", 10.0), ("Learn", 13.0), ("Learn", 14.0)):
+        runner.doing["name"], now[0] = name, seconds
+        hook(seconds, 99, None, node_id=None)
+    assert said == [f"once, before pictures are drawn with it: Learn, {seconds} of 99" for seconds in (9.0, 13.0)]
 
 
 def test_nothing_of_it_is_imported_by_the_pack():
