@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from dev import ROOT
 
@@ -130,7 +131,7 @@ def test_the_button_is_called_what_the_page_calls_it(language, label):
 def test_what_a_run_says_has_a_sentence():
     """Each sentence on a node fits one of the table, so that it is not in English only."""
     from pack.safe_denoiser import sentence
-    from pack.safe_denoiser.describe import _verdict
+    from pack.safe_denoiser.describe import Description, _verdict
     from pack.safe_denoiser.gain import VERDICT
 
     patterns = [re.compile(re.sub(r"\\{\d\\}", "(.+?)", re.escape(english))) for english in sentences("zh")]
@@ -141,5 +142,9 @@ def test_what_a_run_says_has_a_sentence():
         {}, {"posterior": 0.2, "correction": 0.01}, {"posterior": 0.9, "correction": 0.01}, {"corrected_calls": 0})]
     said += [sentence.left(3, 9, seconds) for seconds in (20, 200)] + [f"{VERDICT}: no (30%); connect one that asks for what they show"]
     verdicts = [_verdict(chosen, sizes, 9) for chosen in (0, 2) for sizes in ((40,), (40, 40), (2,), (2, 2))]
-    for line in said + verdicts + [line.partition(": ")[2] for line in verdicts]:
+    told = ("chosen", "not among the best 3", "no clear difference", "fits too few (10% needed)")
+    for shares in (torch.full((1, 4), 0.5), torch.full((2, 4), 0.5)):
+        verdicts.append(Description(tuple("abcd"), torch.zeros(4), shares, told, (0,), None, None, "").table.strip())
+    verdicts += [*told, "a prompt, not measured", "unwanted_00001_.safetensors: 3.1 KB; not saved: area, mask"]
+    for line in said + [line for text in verdicts for line in text.splitlines()] + [line.partition(": ")[2] for line in verdicts[:8]]:
         assert line and any(pattern.fullmatch(line) for pattern in patterns), line
