@@ -177,7 +177,7 @@ class SafeDenoiser:
                                     for y in (x, denoised, unconditional, conditional, unwanted, neutral))
         sigma, alpha = (rows(value, flat)[:, 0].expand(len(x)).repeat_interleave(len(flat) // len(x)) for value in (sigma, alpha))
         sampled = None if mask is None else frames(mask.expand_as(x))[0].flatten(1).to(dtype)
-        correction = self.correct(Prediction(flat, predicted, sigma, alpha, *guides, begins), sampled)
+        correction = self.correct(Prediction(flat, predicted, sigma, alpha, *guides, begins, tuple(shaped.shape[1:])), sampled)
         corrected = predicted + self.strength * correction.direction
         size = abs(self.strength) * correction.direction.norm(dim=1) / predicted.norm(dim=1).clamp_min(1e-12)
         inside, finite = self.opens(sigma), torch.isfinite(corrected).all(1) & torch.isfinite(size)

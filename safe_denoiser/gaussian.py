@@ -1,4 +1,5 @@
 """A bank as one Gaussian: mean and shrunk covariance, which need no more than the bank's Gram matrix."""
+import math
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,33 @@ class Gaussian:
         return -0.5 * (squares + logs)
 
 
+@dataclass(frozen=True)
+class Natural:
+    """What is known of pictures where there is no bank of them: their power falls as 1 / (1 + f^2), f in cycles per side.
+
+        Sigma^-1 = 1 - sum over sides (n / 2 pi)^2 Laplacian,   n numbers along a side, mirrored at its ends
+
+    Source: the spectrum of natural images, Field, J. Optical Society of America A 4 (1987).
+
+    Args:
+        item: shape of a latent, channels first; () takes all directions alike, Sigma = I.
+    """
+
+    item: tuple[int, ...] = ()
+
+    def whitened(self, v: Tensor) -> Tensor:
+        """Sigma^-1 v for v (B, D)."""
+        if len(self.item) < 2:
+            return v
+        y = v.unflatten(1, self.item)
+        whitened = y.clone()
+        for side, n in enumerate(self.item[1:], 2):
+            steps = (n / math.tau) ** 2 * y.diff(dim=side)
+            whitened.narrow(side, 0, n - 1).sub_(steps)
+            whitened.narrow(side, 1, n - 1).add_(steps)
+        return whitened.flatten(1)
+
+
 def fit(bank: Bank) -> Gaussian | None:
     """The bank's mean and Ledoit-Wolf covariance, or None where its items do not differ.
 
@@ -95,7 +123,7 @@ def fit(bank: Bank) -> Gaussian | None:
                     1 / weights.square().sum(), size)
 
 
-def along(v: Tensor, axis: Tensor, metric: Gaussian | None = None, error: Tensor | float = 0.0) -> Tensor:
+def along(v: Tensor, axis: Tensor, metric: Gaussian | Natural | None = None, error: Tensor | float = 0.0) -> Tensor:
     """(<v, axis>_M - error) / (|axis|_M^2 - error), (B,), with M = Sigma^-1 of `metric`, else I; at most half of the length is an error."""
     measured = axis if metric is None else metric.whitened(axis)
     part, whole = ((y * measured).sum(1) for y in (v, axis))

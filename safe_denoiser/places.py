@@ -71,7 +71,7 @@ class InsideMasks:
             self._make(mask, memory)
         parts = []
         for index, root, rule, own in self.parts:
-            part = rule.correct(p.cut(lambda y, root=root: y * root, index), own)
+            part = rule.correct(p.cut(lambda y, root=root: y * root, index, p.item), own)
             whole = torch.where(root > 0, part.direction / root, 0)
             parts.append((whole, part.posterior, part.nearest, part.clamped, part.omitted, part.projection))
         indices, _, _, memories = zip(*self.parts)

@@ -18,6 +18,7 @@ class Prediction:
         unwanted: under the condition that means what must not come out.
         neutral: under a condition that means nothing in particular.
         begins: whether the call begins a step of the sampler, and is not one of several within it.
+        item: shape of one latent, channels first; () where it has none.
     """
 
     x: Tensor
@@ -29,12 +30,13 @@ class Prediction:
     unwanted: Tensor | None = None
     neutral: Tensor | None = None
     begins: Tensor | bool = True
+    item: tuple[int, ...] = ()
 
-    def cut(self, part: Callable[[Tensor], Tensor], rows: Tensor | slice = slice(None)) -> "Prediction":
-        """The same of a part of each latent (B, D), and of some rows."""
+    def cut(self, part: Callable[[Tensor], Tensor], rows: Tensor | slice = slice(None), item: tuple = ()) -> "Prediction":
+        """The same of a part of each latent (B, D), of shape `item`, and of some rows."""
         names = ("x", "denoised", "unconditional", "conditional", "unwanted", "neutral")
         parts = {name: None if (y := getattr(self, name)) is None else part(y[rows]) for name in names}
-        return replace(self, **parts, sigma=self.sigma[rows], alpha=self.alpha[rows])
+        return replace(self, **parts, sigma=self.sigma[rows], alpha=self.alpha[rows], item=item)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 from .denoiser import SafeDenoiser
 
 FEW = 15  # pictures; as many were measured to help
-NO_METRIC = f"weak set-up: connect a reference bank ({FEW} samples do): without one, prompts that ask for this and more still draw it"
 NO_NEUTRAL = "weak set-up: at cfg 1 connect an empty prompt to neutral"
 
 
@@ -18,8 +17,6 @@ def weaknesses(denoiser: SafeDenoiser, by_words: bool) -> list[str]:
         found.append(f"weak set-up: {method} was published with strength 0.33 and end 0.22")
     if method == "safe_denoiser" and denoiser.strength > 2:
         found.append("weak set-up: strength above 2 spoils pictures")
-    if method == "safe_denoiser" and by_words and (denoiser.view.other or bank) is None:
-        found.append(NO_METRIC)
     if method == "safe_denoiser" and bank is not None:
         if not by_words and denoiser.retain is None and not denoiser.view.sees:
             found.append("weak set-up: these pictures alone do little; connect unwanted: words that name it, or what Learn Unwanted "

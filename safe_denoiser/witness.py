@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .by_gaussians import ByGaussians
-from .gaussian import TINY, Gaussian, along, fit
+from .gaussian import TINY, Gaussian, Natural, along, fit
 from .methods import projection
 from .prediction import Correction, Prediction, first, largest
 from .rule import Rule
@@ -34,19 +34,20 @@ def from_witness(conditional: Tensor, unwanted: Tensor, r: Tensor) -> Tensor:
     return (r / (1 - r))[:, None] * (conditional - unwanted)
 
 
-def coordinate(conditional: Tensor, neutral: Tensor, unwanted: Tensor, metric: Gaussian | None = None,
+def coordinate(conditional: Tensor, neutral: Tensor, unwanted: Tensor, metric: Gaussian | Natural | None = None,
                error: Tensor | float = 0.0) -> Tensor:
     """t = <E_c - E_0, E_n - E_0>_M / |E_n - E_0|_M^2, (B,): the share of E_n in E_c. Ours.
 
-    It is r where what E_c shows beside E_n has no part along E_n - E_0. With M = Sigma^-1 of the model's own pictures that is nearly so
-    for pictures that share no more than their kind with the unwanted ones (a ship and a truck share grey, straight and man-made, in which
-    all pictures differ); with M = I it is not. `error` is what the chance of E_0 adds to both products, at most half of the second.
+    It is r where what E_c shows beside E_n has no part along E_n - E_0. With M = Sigma^-1 of the model's own pictures, or of natural ones,
+    that is nearly so for pictures that share no more than their kind with the unwanted ones (a ship and a truck share grey, straight and
+    man-made, in which all pictures differ); with M = I it is not. `error` is what the chance of E_0 adds to both products, at most half of
+    the second.
     Source of the metric: linear discriminant analysis, Fisher, Annals of Eugenics 7 (1936).
     """
     return along(conditional - neutral, unwanted - neutral, metric, error)
 
 
-def squared_length(v: Tensor, metric: Gaussian | None = None) -> Tensor:
+def squared_length(v: Tensor, metric: Gaussian | Natural | None = None) -> Tensor:
     """|v|_M^2, (B,), never 0."""
     return (v * (v if metric is None else metric.whitened(v))).sum(1).clamp_min(TINY)
 
@@ -60,21 +61,25 @@ def gap(conditional: Tensor, neutral: Tensor, unwanted: Tensor, metric: Gaussian
     return squared_length(conditional - unwanted, metric) / squared_length(unwanted - neutral, metric)
 
 
-def share(t: Tensor, apart: Tensor, begun: Tensor, prior: float = PRIOR) -> Tensor:
-    """P(unsafe) in E_c, (B,), of its `coordinate` t and its `gap` now and at the run's first call (`begun`). Ours.
+def moved(conditional: Tensor, neutral: Tensor, unwanted: Tensor, metric: Gaussian | Natural | None = None) -> Tensor:
+    """|E_c - E_0|_M^2 / |E_n - E_0|_M^2, (B,): by how much the prompt moves the prediction, relative to the unwanted condition. Ours."""
+    return squared_length(conditional - neutral, metric) / squared_length(unwanted - neutral, metric)
+
+
+def share(t: Tensor, move: Tensor, apart: Tensor, begun: Tensor, prior: float = PRIOR) -> Tensor:
+    """P(unsafe) in E_c, (B,), of its `coordinate` t, how far it is `moved`, and its `gap` now and at the run's first call (`begun`). Ours.
 
         sqrt(gap) = (1 - r) / (1 - q),   r_0 = 1 - (1 - prior) sqrt(gap_0),   r = r_0 (1 - sqrt(gap)) / (1 - sqrt(gap_0))
 
     with q = P(unsafe | x) without a prompt, where what the prompt asks for beside the unwanted thing is about as far from it as what the
     model makes else; a prompt's odds r / (1 - r) are a constant times q / (1 - q). It takes no account of what the two have in common, in
     which t sees a share: of "automobile or truck" t says 0.73 and this 0.55. Where the condition is broader than the prompt
-    (|E_c - E_0| > |E_n - E_0|) their distance tells nothing, and t stands instead.
+    (|E_c - E_0|_M > |E_n - E_0|_M) their distance tells nothing, and t stands instead.
     """
     root, first_root = apart.sqrt(), begun.sqrt()
     begins = 1 - (1 - prior) * first_root
     grows = (begins / (1 - first_root).clamp_min(TINY)).clamp(1, GROWTH)
-    broader = (apart - 2 + 2 * t).clamp(0, 1)  # |E_c - E_0|^2 / |E_n - E_0|^2 - 1
-    r = torch.lerp((grows * (1 - root)).clamp(0, SURE), t.clamp(0, SURE), broader)
+    r = torch.lerp((grows * (1 - root)).clamp(0, SURE), t.clamp(0, SURE), (move - 1).clamp(0, 1))
     return CAUTION * r / (1 - r + CAUTION * r)
 
 
@@ -118,13 +123,12 @@ class ByWitness(Rule):
     A prompt that asks for the unwanted thing alone, or for it and more, has no safe picture: as t goes from RELEASE[0] to RELEASE[1], f
     goes from 0 to 1, E_b, what it asks for `without` that, takes the place of E_c in all of this, and the share is `prior`. In the metric
     of the model's own pictures t nears 1 under such prompts as soon as x shows a little; where a prompt has safe pictures, only when x is
-    to be none of them. Without a metric 1 - sqrt(gap) at the first call stands for t, which finds only the thing alone. Where no prompt
-    says anything (E_c = E_0) the share is `prior` too.
+    to be none of them. Where no prompt says anything (E_c = E_0) the share is `prior` too.
     Source of the correction: arXiv:2502.08011, Thm 3.2; r is ours.
 
     Args:
         banks: what the banks know, where there are two that are told apart.
-        model: pictures as a Gaussian, whose covariance is the metric.
+        model: pictures as a Gaussian, whose covariance is the metric; None takes that of natural pictures for t, and none for gaps.
         others: `model` is of all that the model makes or of pictures to keep, and not of unwanted ones.
         prior: P(unsafe) where no prompt says anything. posterior_max: ceiling of r.
     """
@@ -162,13 +166,14 @@ class ByWitness(Rule):
         is the prior's: because that is taken out, or the prompt says nothing; (B,) each.
         """
         if zero is not None:
-            t, apart = (of(asked, zero, p.unwanted, self.model) for of in (coordinate, gap))
+            metric = Natural(p.item) if self.model is None else self.model
+            t, move = (of(asked, zero, p.unwanted, metric) for of in (coordinate, moved))
+            apart = gap(asked, zero, p.unwanted, self.model)
             begun = first(memory, "gap", p.sigma, apart)
-            alone = t if self.model is not None else 1 - begun.sqrt()
-            released = ((alone - RELEASE[0]) / (RELEASE[1] - RELEASE[0])).clamp(0, 1)
+            released = ((t - RELEASE[0]) / (RELEASE[1] - RELEASE[0])).clamp(0, 1)
             silent = (asked - zero).square().sum(1) <= SILENT * (p.unwanted - zero).square().sum(1)
             unasked = torch.where(silent, 1, released)
-            told = torch.lerp(share(t, apart, begun, self.prior), torch.full_like(t, self.prior), unasked)
+            told = torch.lerp(share(t, move, apart, begun, self.prior), torch.full_like(t, self.prior), unasked)
             return t, told.clamp(0, SURE), released, unasked
         begins = p.sigma >= first(memory, "begins", p.sigma, p.sigma)
         t = torch.full_like(p.sigma, self.prior)

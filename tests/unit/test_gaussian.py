@@ -1,9 +1,11 @@
 """A bank as one Gaussian, against brute force with whole D x D matrices in double precision."""
+import math
+
 import pytest
 import torch
 
 from safe_denoiser import Bank
-from safe_denoiser.gaussian import fit
+from safe_denoiser.gaussian import Natural, fit
 
 F64 = torch.float64
 
@@ -144,3 +146,24 @@ def test_closed_form_of_two_gaussians():
     torch.testing.assert_close(factor, factor[:, :1].expand_as(factor), rtol=1e-6, atol=1e-6)
     r = found.posterior
     torch.testing.assert_close(factor[:, 0], (r / (1 - r)).clamp_max(1), rtol=1e-6, atol=1e-6)
+
+
+def test_natural_pictures_have_power_1_over_1_plus_f_squared():
+    """A wave of f cycles per side, mirrored at its ends, counts 1 + f^2 times, whatever the size."""
+    for side, f in ((16, 1.0), (64, 1.0), (64, 4.0), (64, 2.5)):
+        wave = torch.cos(torch.tensor(math.tau, dtype=F64) * f * (torch.arange(side, dtype=F64) + 0.5) / side)
+        for item in ((2, side, 8), (2, 8, side), (2, 3, 8, side)):
+            v = (wave[:, None] if item[1] == side else wave).expand(item).flatten()[None]
+            whitened = Natural(item).whitened(v)
+            assert float((v * whitened).sum() / v.square().sum()) == pytest.approx(1 + f * f, rel=0.03)
+            torch.testing.assert_close(whitened, whitened.mean() + (1 + f * f) * v, rtol=0.05, atol=0.05)
+
+
+def test_natural_pictures_are_a_metric_and_say_nothing_of_what_has_no_sides():
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 5, 2 * 6 * 7, generator=draw, dtype=F64)
+    metric = Natural((2, 6, 7))
+    torch.testing.assert_close((a * metric.whitened(b)).sum(1), (metric.whitened(a) * b).sum(1))
+    assert ((a * metric.whitened(a)).sum(1) > a.square().sum(1)).all()
+    for item in ((), (84,), (84, 1, 1)):
+        assert torch.equal(Natural(item).whitened(a), a)

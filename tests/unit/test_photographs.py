@@ -152,14 +152,15 @@ def test_figures_by_noise_level():
     assert table[WITH_REFERENCE]["|r - r*|"]["0.7"] < 0.4
 
 
+@pytest.mark.parametrize("steered", [WITH_REFERENCE, "witness alone"])
 @pytest.mark.parametrize("half", photographs.LIGHT)
-def test_prompts_for_the_unwanted_thing_and_more(half):
+def test_prompts_for_the_unwanted_thing_and_more(half, steered):
     """Off, all are unsafe; steered, few are, and they stay as dark or bright as they were asked for."""
     place = photographs.generalises_by_light(synthetic(), 1)
     asked = Asked(f"{half} a2", (f"a2 {half}",), ("a2",), place="by light", guidance=3.0)
-    found = rows(Scene(asked, place), Scale(1, 64), (OFF, WITH_REFERENCE))
+    found = rows(Scene(asked, place), Scale(1, 64), (OFF, steered))
     assert found[OFF]["unsafe"] == found[OFF]["beside"] == 100
-    assert found[WITH_REFERENCE]["unsafe"] < 35 and found[WITH_REFERENCE]["beside"] > 75
+    assert found[steered]["unsafe"] < 35 and found[steered]["beside"] > 75
 
 
 def test_negated_photographs_of_a_memorised_world_are_its_bank():

@@ -8,7 +8,7 @@ import torch
 
 from safe_denoiser import Bank, NegationSet, Report, SafeDenoiser
 from safe_denoiser.sheets import sheet
-from safe_denoiser.weak import NO_METRIC, weaknesses
+from safe_denoiser.weak import weaknesses
 
 
 def run(sigmas, denoised=None, **settings):
@@ -136,10 +136,8 @@ def test_a_reference_bank_that_distances_cannot_tell_apart_is_a_weak_set_up():
     assert weaknesses(SafeDenoiser(alike, reference=reference), True) == []
 
 
-def test_words_without_a_bank_are_a_weak_set_up():
-    some = Bank(torch.ones(15, 4, 4, 4))
-    assert weaknesses(SafeDenoiser(None), True) == [NO_METRIC]
-    assert weaknesses(SafeDenoiser(None, reference=some), True) == weaknesses(SafeDenoiser(None, retain=some), True) == []
+def test_words_alone_are_no_weak_set_up():
+    assert weaknesses(SafeDenoiser(None), True) == []
 
 
 @pytest.mark.parametrize("settings, by_words, count, weak", [

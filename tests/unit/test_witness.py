@@ -7,7 +7,21 @@ import torch
 from safe_denoiser import Bank, SafeDenoiser
 from safe_denoiser.gaussian import fit
 from safe_denoiser.prediction import Prediction
-from safe_denoiser.witness import CAUTION, DOUBT, PRIOR, REACH, RELEASE, SURE, ByWitness, coordinate, from_witness, gap, share, within_reach
+from safe_denoiser.witness import (
+    CAUTION,
+    DOUBT,
+    PRIOR,
+    REACH,
+    RELEASE,
+    SURE,
+    ByWitness,
+    coordinate,
+    from_witness,
+    gap,
+    moved,
+    share,
+    within_reach,
+)
 from tiny_photos.data import CLASSES
 from tiny_photos.world import LATENT, TinyPhotos, prompt
 
@@ -49,8 +63,8 @@ def test_theorem(r, cfg):
     E_safe; guidance does with it what it does. t, in which the safe part has a share, is not exact.
     """
     p = predict(r, cfg)
-    t, apart = (of(mixed(r), ZERO, UNWANTED) for of in (coordinate, gap))
-    odds = share(t, apart, apart) / (1 - share(t, apart, apart))
+    t, move, apart = (of(mixed(r), ZERO, UNWANTED) for of in (coordinate, moved, gap))
+    odds = share(t, move, apart, apart) / (1 - share(t, move, apart, apart))
     assert float(odds) == pytest.approx(CAUTION * r / (1 - r)) and float(t) > r + 0.04
     found = ByWitness().correct(p, {})
     torch.testing.assert_close(found.direction, cfg * CAUTION * (SAFE - mixed(r)), rtol=1e-3, atol=1e-3)
@@ -65,7 +79,7 @@ def test_share_is_exact_while_the_run_goes_on(q):
     odds = 9 * q / (1 - q)  # at the start 1, where those of E_0 are PRIOR / (1 - PRIOR)
     r = odds / (1 + odds)
     now, zero = mixed(r), torch.lerp(OTHERS, UNWANTED, q)
-    told = share(coordinate(now, zero, UNWANTED), gap(now, zero, UNWANTED), begun)
+    told = share(*(of(now, zero, UNWANTED) for of in (coordinate, moved, gap)), begun)
     assert float(told) == pytest.approx(cautious(min(r, SURE)), abs=1e-6)
     assert float(1 - gap(now, zero, UNWANTED).sqrt()) < r - 0.02
 
@@ -74,17 +88,18 @@ def test_a_condition_that_is_broader_than_the_prompt_is_told_by_t():
     """Of forty kinds the condition means five, and the prompt one of these and another."""
     kinds = torch.eye(40, dtype=F64)
     zero, unwanted, asked = kinds.mean(0)[None], kinds[:5].mean(0)[None], kinds[[0, 5]].mean(0)[None]
-    t, apart = (of(asked, zero, unwanted) for of in (coordinate, gap))
+    t, move, apart = (of(asked, zero, unwanted) for of in (coordinate, moved, gap))
+    assert float(move) == pytest.approx(float((asked - zero).square().sum() / (unwanted - zero).square().sum())) and float(move) > 2
     assert float(apart) > 1, "as if there were nothing unsafe"
-    assert float(share(t, apart, apart)) == pytest.approx(cautious(float(t))) and float(t) == pytest.approx(0.5, abs=0.1)
+    assert float(share(t, move, apart, apart)) == pytest.approx(cautious(float(t))) and float(t) == pytest.approx(0.5, abs=0.1)
 
 
 def test_prompts_that_are_no_nearer_than_the_model_itself_have_no_share():
     for asked in (OTHERS, 2 * OTHERS - UNWANTED):
-        t, apart = (of(asked, ZERO, UNWANTED) for of in (coordinate, gap))
-        assert float(share(t, apart, apart)) == 0
-    t, apart = (of(ZERO, ZERO, UNWANTED) for of in (coordinate, gap))
-    assert float(share(t, apart, apart)) == 0, "no prompt at all is for the prior, see ByWitness"
+        t, move, apart = (of(asked, ZERO, UNWANTED) for of in (coordinate, moved, gap))
+        assert float(share(t, move, apart, apart)) == 0
+    t, move, apart = (of(ZERO, ZERO, UNWANTED) for of in (coordinate, moved, gap))
+    assert float(share(t, move, apart, apart)) == 0, "no prompt at all is for the prior, see ByWitness"
 
 
 def test_the_odds_of_a_run_are_remembered_by_its_gap():
@@ -102,11 +117,11 @@ def test_the_odds_of_a_run_are_remembered_by_its_gap():
 
 
 def test_one_call_that_gives_no_number_does_not_spoil_the_run():
-    denoiser, one = SafeDenoiser(None), torch.ones(1, 1, 6, dtype=F64)
+    denoiser, one = SafeDenoiser(None), torch.ones(1, 6, 1, dtype=F64)
     steps = []
     for unwanted, sigma in ((UNWANTED * math.nan, 60.0), (UNWANTED, 50.0), (UNWANTED * math.nan, 45.0), (UNWANTED, 40.0)):
-        safe, step = denoiser.safe(one, mixed(0.5)[None], sigma, unconditional=ZERO[None], conditional=mixed(0.5)[None],
-                                   unwanted=unwanted[None])
+        safe, step = denoiser.safe(one, mixed(0.5)[..., None], sigma, unconditional=ZERO[..., None],
+                                   conditional=mixed(0.5)[..., None], unwanted=unwanted[..., None])
         steps.append(step)
     assert [bool(step.fallback) for step in steps] == [True, False, True, False]
     assert all(float(steps[i].posterior) == pytest.approx(cautious(0.5), abs=1e-2) for i in (1, 3))
