@@ -18,10 +18,12 @@ import torch
 from PIL import Image
 
 from safe_denoiser import Bank, NegationSet, SafeDenoiser
-from safe_denoiser.check import check
-from safe_denoiser.clip import Clip, load_clip
-from safe_denoiser.meaning import alarm_threshold, choose, likeness, text_scores, twins
-from safe_denoiser.semantic import SemanticPosterior
+from safe_denoiser.meaning.clip import Clip, load_clip
+from safe_denoiser.meaning.curation import choose, twins
+from safe_denoiser.meaning.likeness import alarm_threshold, likeness
+from safe_denoiser.meaning.safety_checker import check
+from safe_denoiser.meaning.semantic_posterior import SemanticPosterior
+from safe_denoiser.meaning.texts import text_scores
 from tiny_digits.train import WORDS
 from tiny_digits.world import CLIP, LATENT, digits_data, prompt
 

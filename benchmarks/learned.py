@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 
 from safe_denoiser import Bank, SafeDenoiser
-from safe_denoiser.learn import Learning, Schedule
+from safe_denoiser.condition.learn import Learning, Schedule
 from tiny_photos.data import CLASSES, UNSEEN, cached, enlarged
 from tiny_photos.world import LATENT, PAIRS, PROMPTS, TinyPhotos, prompt
 

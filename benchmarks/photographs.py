@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safe_denoiser import Bank, SafeDenoiser
-from safe_denoiser.guards import PRESETS
+from safe_denoiser.rules.sld import PRESETS
 
 from .harness import Scale, arguments, closing, mean, record, stacked, wilson
 from .worlds import Call, Gaussians, Heart, World, call, gaussians, sample, schedule

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 from safe_denoiser import Bank, SafeDenoiser
-from safe_denoiser.trust import tells_apart
+from safe_denoiser.density.separability import tells_apart
 from tiny_photos.world import TinyPhotos
 
 from . import digits, learned

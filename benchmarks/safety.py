@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from safe_denoiser import Bank, SafeDenoiser
-from safe_denoiser.guards import PRESETS
+from safe_denoiser.rules.sld import PRESETS
 from tiny_digits.world import LATENT, SUPERCLASSES, prompt, shifted, sigmas
 
 from .digits import (

@@ -1,7 +1,7 @@
 """Does the check of an unwanted condition say the right thing? `python -m benchmarks.verdicts --photos FOLDER`
 
 Beside a negation bank the nodes measure by how much `unwanted` helps the model to denoise pictures of the bank, and of the reference bank
-(`safe_denoiser.gain`), and say in words whether the condition means the pictures. Here this is asked often, each time of other classes and
+(`condition.gain`), and say in words whether the condition means the pictures. Here this is asked often, each time of other classes and
 other pictures, where the answer is known.
 
 Worlds
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from safe_denoiser.gain import CHECKED, Check, Probe
+from safe_denoiser.condition.gain import CHECKED, Check, Probe
 from tiny_digits.world import SUPERCLASSES
 from tiny_photos.data import CLASSES, UNSEEN, cached, enlarged
 from tiny_photos.world import PAIRS, TinyPhotos

@@ -12,9 +12,9 @@ import folder_paths
 from safetensors import SafetensorError, safe_open
 
 from ..safe_denoiser import NegationSet, load_bank
-from ..safe_denoiser.clip_files import CONFIG
-from ..safe_denoiser.decoding import EXTENSIONS
-from ..safe_denoiser.pictures import printable, state_of
+from ..safe_denoiser.meaning.clip_files import CONFIG
+from ..safe_denoiser.pictures.decoding import EXTENSIONS
+from ..safe_denoiser.pictures.files import printable, state_of
 
 PACKED, WEIGHTS = {".zip", ".safetensors"}, {".safetensors", ".bin", ".pt", ".pth"}
 SETS, BANKS, CLIPS, CONDITIONS = "negation_sets", "negation_banks", "open_clip", "unwanted_conditions"

@@ -1,9 +1,9 @@
 """Safe Denoiser Report: what the guidance did, as a picture and as text."""
 from comfy_api.latest import io, ui
 
-from .negation_set import preview_input, to_image
-from .runs import recall
-from .types import CATEGORY, NegationSetType, ReportType, found_by
+from .io_types import CATEGORY, NegationSetType, ReportType, found_by
+from .pictures.negation_set import preview_input, to_image
+from .steering.remembered_runs import recall
 
 
 class SafeDenoiserReport(io.ComfyNode):

@@ -4,15 +4,16 @@
 
 Source: Kim, Kim, Yusuf, Ermon, Park, "Training-Free Safe Denoisers for Safe Use of Diffusion Models", arXiv:2502.08011.
 """
-from .bank import Bank, merge_banks
-from .clusters import compress_bank, index_bank
+from .bank.bank import Bank, merge_banks
+from .bank.cache import LatentCache
+from .bank.clusters import compress_bank, index_bank
+from .bank.encoding import encode_bank
+from .bank.file_format import load_bank, save_bank
 from .denoiser import SafeDenoiser
-from .encode import encode_bank
-from .kernel import Posterior, posterior
-from .negation_set import NegationSet, combine_sets
+from .density.kernel import Posterior, posterior
+from .pictures.negation_set import NegationSet, combine_sets
 from .prediction import Step
 from .report import Report
-from .storage import LatentCache, load_bank, save_bank
 
 __all__ = [
     "Bank", "LatentCache", "NegationSet", "Posterior", "Report", "SafeDenoiser", "Step",

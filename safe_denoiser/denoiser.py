@@ -11,16 +11,16 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from .bank import Bank
-from .by_sld import BySld
-from .kernel import rows
-from .neighbours import OfficialSD1, OfficialSD3, Sgf, Spell
-from .places import InsideMasks, by_frames, by_windows
+from .bank.bank import Bank
+from .density.kernel import rows
 from .prediction import Correction, Prediction, Step
-from .rule import Rule
-from .settings import Settings, require_choice, require_ranges
-from .view import View, precision
-from .weights import ByWeight
+from .rules.bank_view import BankView, precision
+from .rules.baselines import OfficialSD1, OfficialSD3, Sgf, Spell
+from .rules.regions import InsideMasks, by_frames, by_windows
+from .rules.rule import Rule
+from .rules.settings import Settings, require_choice, require_ranges
+from .rules.sld import BySld
+from .rules.weighting import ByWeight
 
 METHODS: dict[str, type[Rule]] = {"safe_denoiser": ByWeight, "spell": Spell, "official": OfficialSD1, "official_sd3": OfficialSD3,
                                   "sgf": Sgf, "sld": BySld}  # the order is the nodes'
@@ -39,27 +39,27 @@ def _emptied(memory: dict) -> None:
 @dataclass(frozen=True, eq=False)
 class SafeDenoiser:
     """Steers predictions away from a bank, an unwanted condition, or both: `safe_denoised = denoised + strength * correction` inside the
-    sigma window, with the correction of a rule: of "safe_denoiser", see `weights.ByWeight`, or of a neighbour, see `neighbours`.
+    sigma window, with the correction of a rule: of "safe_denoiser", see `weighting.ByWeight`, or of a published baseline, see `baselines`.
 
     Where the unwanted thing is a part of the picture, `parts` compares windows: with the crops of the bank that show the thing, see
-    `parts.locate`, and with the other bank's at the same place. Where windows overlap, their corrections are averaged, each weighing r.
+    `windows.locate`, and with the other bank's at the same place. Where windows overlap, their corrections are averaged, each weighing r.
 
     Args:
         bank: what must not come out; latents (N, C, *spatial), in the space of `x`. None, where an unwanted condition says so alone.
-        method: "safe_denoiser", or a neighbour: "spell", "sgf", "official", "official_sd3" (these two normalise the bank themselves), or
-            "sld", which knows no bank: see `by_sld`.
+        method: "safe_denoiser", or a baseline: "spell", "sgf", "official", "official_sd3" (these two normalise the bank themselves), or
+            "sld", which knows no bank: see `sld`.
         retain: pictures to keep. reference: the model's own samples.
         strength: 1 as derived, 0 off, bit for bit.
         sigma_start, sigma_end: active where sigma_end < sigma <= sigma_start.
         weight, prior, evidence, bandwidth, temperature, posterior_max, beta_max, radius, threshold, push: see `settings.Settings`.
         semantic: log p_u - log p_retain of a prediction (B, C, *spatial) at sigma / alpha (B,), used with a retain bank instead of the
-            ratio of the banks' densities, see `semantic.SemanticPosterior`; not inside a mask.
+            ratio of the banks' densities, see `semantic_posterior.SemanticPosterior`; not inside a mask.
         parts: windows of 1 / parts of each side instead of whole pictures; 1 is the whole. None is 2 where that tells the bank from the
             reference or retain bank clearly better than whole pictures do, else 1. Inside a mask a window counts by the share of it
             that is sampled.
-        trusted: whether distances see what the bank shows, so that its kernel means may steer. None finds out, see `View.sees`; where
+        trusted: whether distances see what the bank shows, so that its kernel means may steer. None finds out, see `BankView.sees`; where
             they do not, "auto" takes "gaussian" if there is a reference bank.
-        own: what only this method knows: `guards.Sld`, the numbers of "sld".
+        own: what only this method knows: `sld.Sld`, the numbers of "sld".
         memory: what a run remembers from call to call, filled by `safe`: tensors of rows by name, and the same for each window and for
             what is inside masks. Begin each run with an empty one; hand over a run's own to go on with it.
 
@@ -89,13 +89,13 @@ class SafeDenoiser:
     trusted: bool | None = None
     own: object = None
     memory: dict = field(default_factory=dict, repr=False)
-    view: View = field(init=False, repr=False)
+    view: BankView = field(init=False, repr=False)
 
     def __post_init__(self):
         require_choice("method", self.method, METHODS)
         require_ranges(self, RANGES)
         settings = Settings(**{one.name: getattr(self, one.name) for one in fields(Settings)})
-        view = View(self.bank and METHODS[self.method].prepared(self.bank), self.retain, self.reference, settings, self.semantic,
+        view = BankView(self.bank and METHODS[self.method].prepared(self.bank), self.retain, self.reference, settings, self.semantic,
                     trusted=self.trusted, own=self.own)
         METHODS[self.method].require(self.method, view)
         object.__setattr__(self, "view", view)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernel import Posterior, rows, squared_distances
+from .density.kernel import Posterior, rows, squared_distances
 
 
 def log_ratio(unsafe: Posterior, other: Posterior, prior: float) -> Tensor:

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch.nn.utils.rnn import pad_sequence
 
-from .negation_set import NegationSet
+from .pictures.contact_sheets import thumbnail, write
+from .pictures.negation_set import NegationSet
 from .prediction import Step
 from .sentence import afterwards
-from .sheets import thumbnail, write
 
 COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194), (23, 190, 207))
 

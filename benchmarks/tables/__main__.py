@@ -204,7 +204,7 @@ def text_cases(options, sets: dict) -> tuple[list[Case], dict]:
     if not options.prompts:
         raise SystemExit("which prompts? Name a file with --prompts; benchmarks/nudity.md says which are published")
     file = prompts.read(options.prompts, options.column)
-    harmless = prompts.read(options.harmless or ROOT / "safe_denoiser/harmless.txt")
+    harmless = prompts.read(options.harmless or ROOT / "safe_denoiser/words/harmless.txt")
     print(file, harmless, sep="\n", flush=True)
     some = harmless.prompts if options.harmless else harmless.prompts[:100]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from safe_denoiser.decoding import EXTENSIONS
+from safe_denoiser.pictures.decoding import EXTENSIONS
 
 INSTALL = "pip install .[tables]"
 

@@ -10,7 +10,7 @@ import torch
 @pytest.fixture
 def module(pack, monkeypatch):
     """Nothing found so far, and time enough for the whole check after one run."""
-    module = sys.modules["pack.nodes.condition_check"]
+    module = sys.modules["pack.nodes.steering.condition_check"]
     monkeypatch.setattr(module, "_found", type(module._found)())
     monkeypatch.setattr(module, "SHARE", 1000.0)
     return module
@@ -71,7 +71,7 @@ def test_it_takes_a_little_of_the_time_of_many_runs_and_is_remembered(said, run,
         return predict(self, x, sigma, conditions)
 
     monkeypatch.setattr(module.Asked, "predict", counted)
-    steer = sys.modules["pack.nodes.steer"]
+    steer = sys.modules["pack.nodes.steering.steer"]
     monkeypatch.setattr(steer, "ConditionCheck", lambda *args: checks.append(module.ConditionCheck(*args)) or checks[-1])
     checks, runs = [], 0
     while not said(label(run, 7))[1]:

@@ -288,7 +288,7 @@ def test_neighbours(neighbour, batches, models, tiny, run, conditions, heard, ma
 @pytest.mark.parametrize("neighbour", ["EasyCache", "LazyCache"])
 def test_caches(neighbour, start, models, tiny, run, conditions, heard, matrix):
     """A call that skips the model goes on with the offset of the latest, as the cache does; each call is corrected all the same."""
-    from pack.nodes.apart import MIXED, mixes
+    from pack.nodes.steering.separate_calls import MIXED, mixes
 
     name, changed = neighbours()[neighbour]
     shape, prompts, *_ = setting(name, models[name], tiny)
@@ -581,7 +581,7 @@ def test_a_guider_that_asks_its_own_way_gets_a_note(bank, models, tiny, run, con
 def test_models_that_are_loaded_in_pieces_are_not_where_hooks_change_them(tiny, models, conditions, comfy, monkeypatch):
     """Newer ComfyUI loads weights in pieces, which no hook can change, and has another model for hooks."""
     import comfy.sampler_helpers as helpers
-    from pack.nodes.conditions import hookable
+    from pack.nodes.steering.conditions import hookable
 
     monkeypatch.setattr(helpers, "cond_has_hooks", lambda condition: any("hooks" in one[1] for one in condition), raising=False)
     model = tiny.model.clone()

@@ -29,7 +29,7 @@ def bank(model, family, pack):
 def sample(model, family, steps=2):
     """(the corrected prediction of the first step, the result), both of the picture."""
     import comfy.sample
-    from pack.nodes.bank import picture_stream
+    from pack.nodes.bank.negation_bank import picture_stream
 
     first, start = [], noise(family, 3, family.batch)
     result = comfy.sample.sample(model, start, steps, 2.0, "euler", "simple", conditioning(family, 1), conditioning(family, 2), start * 0,
@@ -45,7 +45,7 @@ def perfect_output(kind, x0, eps, sigma, d):
 
 def test_alpha_and_std_are_those_of_the_family(family, model, pack):
     """The x that they describe is one from which the family's own formula, given the perfect output, finds x0 again."""
-    from pack.nodes.noise import forward_process
+    from pack.nodes.models.noise import forward_process
 
     sampling = model.model.model_sampling
     scale = getattr(sampling, "noise_scale", 1.0)  # of models whose noise is stronger than their noise level says
@@ -62,7 +62,7 @@ def test_alpha_and_std_are_those_of_the_family(family, model, pack):
 
 
 def test_a_bank_comes_and_goes_by_the_latent_format(family, model, bank, pack):
-    from pack.nodes.loading import to_model
+    from pack.nodes.models.loading import to_model
 
     shape = (1, *family.latent)
     moved = to_model(bank, model, shape, "exact")
@@ -129,7 +129,7 @@ def test_only_what_is_no_picture_is_told_by_its_format(comfy, pack):
     import inspect
 
     import comfy.latent_formats
-    from pack.nodes.bank import require_pictures
+    from pack.nodes.bank.negation_bank import require_pictures
 
     refused = set()
     for name, kind in inspect.getmembers(comfy.latent_formats, inspect.isclass):
@@ -169,9 +169,9 @@ def test_a_condition_can_be_learned(request, family, model, pack):
 
 
 def learned_by(family, model):
-    from pack.nodes.learn import learnable
-    from pack.nodes.model_calls import ask, differentiable
-    from pack.nodes.model_calls import told as parts_of
+    from pack.nodes.condition.learn import learnable
+    from pack.nodes.models.model_calls import ask, differentiable
+    from pack.nodes.models.model_calls import told as parts_of
 
     y = torch.randn(1, *family.latent, generator=torch.Generator().manual_seed(1))
     neutral, before = conditioning(family, 1), {name: one.clone() for name, one in model.model.state_dict().items()}

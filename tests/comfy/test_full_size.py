@@ -82,8 +82,8 @@ def test_sd15_through_the_shipped_workflow(comfy, tmp_path, matrix):
 def test_a_condition_is_learned_for_sd15(comfy, pack, matrix):
     """Two steps on the real network and text encoder: stopped after one and resumed it is the same tensor; the memory that a step takes."""
     import comfy.sd
-    from pack.nodes.model_calls import ask, differentiable, told
-    from pack.safe_denoiser.learn import Learning, Schedule
+    from pack.nodes.models.model_calls import ask, differentiable, told
+    from pack.safe_denoiser.condition.learn import Learning, Schedule
 
     model, clip, *_ = comfy.sd.load_state_dict_guess_config(random_checkpoint(), output_vae=False)
     with torch.inference_mode():

@@ -62,7 +62,7 @@ def test_it_pushes_away_and_off_is_bit_for_bit(tiny, guard, prompts):
 
 def test_one_call_is_the_closed_form(tiny, guard, prompts, unwanted, comfy):
     """denoised + w sigma gamma, with the stock model's own three predictions."""
-    from pack.safe_denoiser.guards import PRESETS, sld
+    from pack.safe_denoiser.rules.sld import PRESETS, sld
 
     seen = {}
 
@@ -134,7 +134,7 @@ def test_without_momentum_warmup_costs_nothing_and_with_it_is_gathered(tiny, gua
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2s_ancestral"])
 def test_two_calls_a_step_move_momentum_once(tiny, guard, prompts, sampler, monkeypatch):
-    from pack.safe_denoiser.by_sld import BySld
+    from pack.safe_denoiser.rules.sld import BySld
 
     moved, real = [], BySld._momentum
     monkeypatch.setattr(BySld, "_momentum", staticmethod(lambda p, memory: moved.append((p.sigma, real(p, memory))) or moved[-1][1]))

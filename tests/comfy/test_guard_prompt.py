@@ -52,12 +52,12 @@ def clips(comfy):
 @pytest.fixture(scope="module")
 def fewer(pack):
     """Half of the harmless prompts, which are as many as 2 % needs."""
-    from pack.nodes import word_guards
+    from pack.nodes.words import guard as module
 
-    every, real = word_guards.harmless()[::2], word_guards.harmless
-    word_guards.harmless = lambda: every
+    every, real = module.harmless()[::2], module.harmless
+    module.harmless = lambda: every
     yield
-    word_guards.harmless = real
+    module.harmless = real
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def stock(clips, kind, text):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_part_of_each_encoder_is_found(clips, kind, pack):
-    from pack.nodes.encoders import Encoders
+    from pack.nodes.models.text_encoders import Encoders
 
     encoders = Encoders(clips(kind))
     long = "a cat and a dog in the garden of a house by the sea, " * 8  # two chunks of CLIP, 113 tokens of T5
@@ -96,7 +96,7 @@ def test_the_part_of_each_encoder_is_found(clips, kind, pack):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_text_is_found_between_begin_and_end(clips, kind, pack):
-    from pack.nodes.encoders import Encoders
+    from pack.nodes.models.text_encoders import Encoders
 
     encoders, text = Encoders(clips(kind)), "a photo of two cats"
     tokens = clips(kind).tokenize(text)
@@ -115,7 +115,7 @@ def test_a_prompt_for_it_is_changed_and_harmless_ones_come_back_bit_for_bit(guar
     assert found.startswith("changed") and not torch.equal(entries[0][0], before[0][0]), found
     assert entries[0][0].shape == before[0][0].shape and torch.isfinite(entries[0][0]).all() and entries[0][0].dtype == before[0][0].dtype
     untouched = 0
-    from pack.nodes.word_guards import harmless
+    from pack.safe_denoiser.words.alarm import harmless
 
     for text in harmless()[::6]:
         entries, found = guard(kind, text, method)
@@ -186,7 +186,7 @@ def test_a_conditioning_of_the_same_clip_will_do_for_surgery(guard, clips, run):
 
 def test_a_language_model_is_guarded_by_safree_and_refused_by_surgery(guard, clips, pack):
     """Its rows are as many as the text has tokens, those of the template are dropped, and each has seen what is before it only."""
-    from pack.nodes.encoders import Encoders
+    from pack.nodes.models.text_encoders import Encoders
 
     encoders, text = Encoders(clips("Qwen-Image")), "a photo of two cats"
     tokens = clips("Qwen-Image").tokenize(text)
@@ -237,7 +237,7 @@ def test_off_is_bit_for_bit_and_what_is_missing_is_said(guard, clips, run):
 
 
 def test_the_harmless_prompts_are_encoded_once(guard, clips, monkeypatch):
-    from pack.nodes.encoders import Encoders
+    from pack.nodes.models.text_encoders import Encoders
 
     calls = []
     real = Encoders.encode
@@ -249,10 +249,10 @@ def test_the_harmless_prompts_are_encoded_once(guard, clips, monkeypatch):
 
 
 def test_names_are_looked_for_in_what_is_said_of_them(pack):
-    from pack.nodes.guard_prompt import concepts_of
+    from pack.nodes.words.guard_prompt import concepts_of
 
     assert concepts_of("names", "Ann Example\n") == ["Ann Example", "a portrait of Ann Example", "in the style of Ann Example",
                                                      "art by Ann Example"]
     assert concepts_of("nudity", "swimwear\nnude")[-1] == "swimwear" and len(set(concepts_of("violence", ""))) >= 9
-    lines = (ROOT / "safe_denoiser/harmless.txt").read_text().splitlines()
+    lines = (ROOT / "safe_denoiser/words/harmless.txt").read_text().splitlines()
     assert len(lines) == len(set(lines)) == 207 and all(line == line.strip() and line for line in lines), "1 % needs 99, and a margin"

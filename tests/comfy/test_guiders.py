@@ -63,7 +63,7 @@ def check(run, name, model, tiny, kind="CFGGuider", changed=lambda model: model,
     `beside` connects a reference bank: without one the prediction under the negative prompt counts instead.
     """
     import comfy.patcher_extension
-    from pack.nodes.noise import forward_process
+    from pack.nodes.models.noise import forward_process
     from pack.safe_denoiser import Bank, SafeDenoiser
 
     shape, prompts, negation, reference = setting(name, model, tiny)

@@ -138,7 +138,7 @@ def test_each_output_is_there(schemas):
 def messages():
     """Every text in the code, with … for what is filled in."""
     for folder in ("nodes", "safe_denoiser"):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):
                     yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)

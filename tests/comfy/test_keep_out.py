@@ -85,7 +85,7 @@ def test_its_text_is_a_sentence_for_each_line_on_the_node_itself(run, tiny, clip
     sent = []
     server = SimpleNamespace(send_sync=lambda event, data, client: sent.append((data["node"], data["text"])), client_id="page")
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
-    monkeypatch.setattr("pack.nodes.live.SECONDS", 0)
+    monkeypatch.setattr("pack.nodes.progress.SECONDS", 0)
     with CurrentNodeContext("prompt", "3"):
         kept = run("KeepOut", model=tiny.model, clip=clip, text="seven\nround").result[0]
     with CurrentNodeContext("prompt", "9"):
@@ -100,7 +100,7 @@ def test_its_text_is_a_sentence_for_each_line_on_the_node_itself(run, tiny, clip
 def test_it_encodes_as_clip_text_encode_does(kind, run, comfy, monkeypatch):
     """With ComfyUI's own text encoders."""
     asked, clip = [], small(kind)
-    monkeypatch.setattr("pack.nodes.keep_out.patch", lambda model, *args, **settings: (asked.append(settings), (model, None))[1])
+    monkeypatch.setattr("pack.nodes.steering.keep_out.patch", lambda model, *args, **settings: (asked.append(settings), (model, None))[1])
     run("KeepOut", model=None, clip=clip, text="blood\n guns ")
     assert len(asked) == 2 and asked[0]["neutral"] is asked[1]["neutral"]
     for given, text in ((asked[0]["unwanted"], "blood"), (asked[1]["unwanted"], "guns"), (asked[0]["neutral"], "")):

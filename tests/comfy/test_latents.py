@@ -20,7 +20,7 @@ def resizes(comfy):
 @pytest.mark.parametrize("side, ratio, scale, wanted",
                          [(64, 8, 16, 512), (64, 8, 8, 512), (65, 8, 16, 512), (64, None, 16, 1024), (16, 8, 1, 128)])
 def test_the_size_of_an_empty_latent_is_that_after_the_sampler_has_resized_it(side, ratio, scale, wanted, resizes, pack):
-    from pack.nodes.bank import image_size
+    from pack.nodes.bank.negation_bank import image_size
 
     vae = SimpleNamespace(spacial_compression_encode=lambda: scale)
     latent = {"samples": torch.zeros(1, 4, side, side)} | ({} if ratio is None else {"downscale_ratio_spacial": ratio})
@@ -32,7 +32,7 @@ def test_the_size_of_an_empty_latent_is_that_after_the_sampler_has_resized_it(si
 def test_the_reference_bank_has_the_size_that_is_sampled(comfy, pack, tiny):
     """As KSampler itself makes it, for a model of another downscale ratio than the empty latent's."""
     from comfy.sample import fix_empty_latent_channels
-    from pack.nodes.reference import streams
+    from pack.nodes.bank.reference_bank import streams
 
     format = tiny.model.get_model_object("latent_format")
     format.spacial_downscale_ratio, before = 16, getattr(format, "spacial_downscale_ratio", None)
@@ -105,7 +105,7 @@ def test_pictures_with_sound_are_corrected_and_the_sound_is_left_alone(sounding,
 
 def test_banks_for_pictures_with_sound(sounding, run, pack):
     """The reference bank holds the pictures; a negation bank is built at their size."""
-    from pack.nodes.bank import image_size
+    from pack.nodes.bank.negation_bank import image_size
 
     reference = run("SampleReferenceBank", model=sounding.model, latent=sounding.latent, conditioning=sounding.prompts[0], count=3, steps=2,
                     batch_size=2).result[0]

@@ -85,7 +85,7 @@ def test_stopped_and_gone_on_with_it_is_as_if_it_had_not_been(stop, count, learn
     whole = learn(steps=20, negation_bank=bank).result[0]
     for path in (fresh / "safe_denoiser/conditions").iterdir():
         path.unlink()
-    teller, calls = sys.modules["pack.nodes.learn"].Teller, [0]
+    teller, calls = sys.modules["pack.nodes.condition.learn"].Teller, [0]
     tell = teller.__call__
 
     def interrupt(*args):
@@ -96,7 +96,7 @@ def test_stopped_and_gone_on_with_it_is_as_if_it_had_not_been(stop, count, learn
 
     monkeypatch.setattr(teller, "__call__", interrupt)
     said = []
-    monkeypatch.setattr("pack.nodes.live.Live.send", lambda self, text: said.append(text))
+    monkeypatch.setattr("pack.nodes.progress.Live.send", lambda self, text: said.append(text))
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         learn(steps=20, negation_bank=bank)
     assert re.fullmatch(r"stopped at \d+ of \d+; press Run to go on", said[-1])
@@ -129,7 +129,7 @@ def test_a_prompt_of_several_parts_is_refused(learn, tiny, fresh):
 
 
 def test_it_takes_less_memory_where_there_is_little_and_says_what_is_missing(learn, pack, fresh, monkeypatch):
-    module, tried = sys.modules["pack.nodes.learn"], []
+    module, tried = sys.modules["pack.nodes.condition.learn"], []
     differentiable = module.differentiable
 
     def small(model, checkpointed):

@@ -47,7 +47,7 @@ def test_banks_are_loaded_and_counted_with_the_model(tiny, run, sample, loads):
 
 
 def test_patched_models_share_a_bank_and_another_model_has_its_own_form(tiny, run, sample):
-    from pack.nodes.loading import FORMS, _held
+    from pack.nodes.models.loading import FORMS, _held
 
     bank = own(tiny.bank)
     for strength in (0.5, 1.0):
@@ -60,7 +60,7 @@ def test_patched_models_share_a_bank_and_another_model_has_its_own_form(tiny, ru
 
 
 def test_a_bank_that_is_gone_takes_its_memory_along(tiny, run, sample):
-    from pack.nodes.loading import _held
+    from pack.nodes.models.loading import _held
 
     bank = own(tiny.bank)
     patched, _ = run("Apply", model=tiny.model, negation_bank=bank).result
@@ -75,7 +75,7 @@ def test_a_bank_that_is_gone_takes_its_memory_along(tiny, run, sample):
 def test_an_offloaded_bank_comes_back_and_a_moved_one_is_read_where_it_is(tiny, run, sample, comfy):
     """ComfyUI may move the module's weights between runs, or leave them where they are: the run reads them there."""
     import comfy.model_management
-    from pack.nodes.loading import _held
+    from pack.nodes.models.loading import _held
 
     bank = own(tiny.bank)
     patched, _ = run("Apply", model=tiny.model, negation_bank=bank, reference_bank=tiny.reference).result

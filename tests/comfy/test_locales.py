@@ -131,8 +131,8 @@ def test_the_button_is_called_what_the_page_calls_it(language, label):
 def test_what_a_run_says_has_a_sentence():
     """Each sentence on a node fits one of the table, so that it is not in English only."""
     from pack.safe_denoiser import sentence
-    from pack.safe_denoiser.describe import Description, _verdict
-    from pack.safe_denoiser.gain import VERDICT
+    from pack.safe_denoiser.condition.gain import VERDICT
+    from pack.safe_denoiser.meaning.describe import Description, _verdict
 
     patterns = [re.compile(re.sub(r"\\{\d\\}", "(.+?)", re.escape(english))) for english in sentences("zh")]
     summary = {"model_calls": 20, "fallbacks": 0, "corrected_calls": 20, "posterior": 0.0, "correction": 0.0}

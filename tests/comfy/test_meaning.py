@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from dev import ROOT
 from safe_denoiser import NegationSet
-from safe_denoiser.clip import load_clip
+from safe_denoiser.meaning.clip import load_clip
 from tiny_digits.train import WORDS
 from tiny_digits.world import CLIP, digits_data
 
@@ -125,9 +125,9 @@ def test_nothing_is_downloaded_unless_asked(pack, run, monkeypatch, comfy):
         assert sent, "said before it is done"
         shutil.copytree(CLIP, target)
 
-    monkeypatch.setattr("pack.nodes.clip.published", lambda architecture, tag: ("laion/CLIP/weights.safetensors", 605_000_000))
-    monkeypatch.setattr("pack.nodes.clip.fetch", fetch)
-    monkeypatch.setattr("pack.nodes.live.Live.send", lambda self, text: sent.append(text))
+    monkeypatch.setattr("pack.nodes.meaning.clip.published", lambda architecture, tag: ("laion/CLIP/weights.safetensors", 605_000_000))
+    monkeypatch.setattr("pack.nodes.meaning.clip.fetch", fetch)
+    monkeypatch.setattr("pack.nodes.progress.Live.send", lambda self, text: sent.append(text))
     assert node.validate_inputs(weights="pretrained tag") is True
     with pytest.raises(FileNotFoundError) as missing:
         run("LoadOpenCLIP", weights="pretrained tag")
@@ -263,7 +263,8 @@ def test_the_built_in_phrases_are_a_list_that_works(pack, describe, digits):
 
 def test_the_sheet_shows_pictures_of_each_phrase(describe, digits, monkeypatch):
     seen = []
-    monkeypatch.setattr("pack.safe_denoiser.sheets.sheet", lambda shown, *args: seen.append(args) or Image.new("RGB", (8, 8)))
+    monkeypatch.setattr("pack.safe_denoiser.pictures.contact_sheets.sheet",
+                        lambda shown, *args: seen.append(args) or Image.new("RGB", (8, 8)))
     shown, others = set_of(digits, 3, 7), set_of(digits, 1, 2, 4)
     output = describe(shown, retain_set=others, preview="blurred")
     (rows, lines, blurred, captions), sharp = seen
@@ -276,7 +277,7 @@ def test_the_sheet_shows_pictures_of_each_phrase(describe, digits, monkeypatch):
 
 def test_the_table_is_on_the_node(describe, digits, monkeypatch):
     sent = []
-    monkeypatch.setattr("pack.nodes.live.Live.send", lambda self, text: sent.append(text))
+    monkeypatch.setattr("pack.nodes.progress.Live.send", lambda self, text: sent.append(text))
     tables = [describe(set_of(digits, 7, count=count), retain_set=set_of(digits, 1, count=count)).result[1] for count in (20, 1)]
     assert sent == tables
 

@@ -139,7 +139,7 @@ def test_the_sampling_node_tells_how_it_goes(run, tiny, sample, monkeypatch):
 
     server = SimpleNamespace(send_sync=send, client_id="page")
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
-    monkeypatch.setattr("pack.nodes.live.SECONDS", 0)
+    monkeypatch.setattr("pack.nodes.progress.SECONDS", 0)
     with CurrentNodeContext("prompt", "7"):
         _, report = sample.safe()
         assert {node for node, _ in sent} == {"7"}
@@ -305,7 +305,7 @@ def test_the_reference_bank_tells_how_long_it_takes_and_counts_what_is_kept(run,
     import comfy.utils
 
     sent, bar = [], []
-    monkeypatch.setattr("pack.nodes.live.Live.send", lambda self, text: sent.append(text))
+    monkeypatch.setattr("pack.nodes.progress.Live.send", lambda self, text: sent.append(text))
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda self, value, total=None, preview=None: bar.append(value))
     given = dict(model=tiny.model, latent=tiny.latent(), conditioning=tiny.empty, steps=2, batch_size=2, seed=4321)
     run("SampleReferenceBank", count=4, **given)
@@ -352,7 +352,7 @@ class DigitWords:
 
 def test_the_model_itself_describes_a_bank(run, tiny, monkeypatch):
     sent, phrases = [], "\n".join(DigitWords.WORDS[1:11])
-    monkeypatch.setattr("pack.nodes.live.Live.send", lambda self, text: sent.append(text))
+    monkeypatch.setattr("pack.nodes.progress.Live.send", lambda self, text: sent.append(text))
     given = dict(model=tiny.model, text_encoder=DigitWords(run), negation_bank=tiny.bank, reference_bank=tiny.reference)
     output = run("DescribeNegationSet", phrases=phrases, **given)
     text, table = output.result
@@ -405,7 +405,7 @@ def test_prototypes_make_a_smaller_bank_and_the_report_still_names_pictures(run,
 
 
 def test_a_large_bank_gets_an_index(run, tiny, monkeypatch):
-    monkeypatch.setattr(sys.modules["pack.nodes.bank"], "SEARCHED", 40)
+    monkeypatch.setattr(sys.modules["pack.nodes.bank.negation_bank"], "SEARCHED", 40)
     bank = run("BuildNegationBank", negation_set=tiny.negation_set, vae=tiny.vae, latent=tiny.latent()).result[0]
     assert bank.clusters is not None and tiny.bank.clusters is None and torch.equal(bank.latents, tiny.bank.latents)
 

@@ -205,7 +205,7 @@ def test_a_sampler_that_asks_past_the_guider_is_loud(run, tiny, prompts, banks, 
 @pytest.fixture
 def told(pack, monkeypatch):
     """Texts that were sent to the node."""
-    from pack.nodes.live import Live
+    from pack.nodes.progress import Live
 
     texts = []
     monkeypatch.setattr(Live, "send", lambda self, text: texts.append(text))

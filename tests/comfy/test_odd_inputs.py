@@ -161,7 +161,7 @@ def test_a_prefix_that_is_no_file_name(prefix, run, tiny):
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_an_interrupted_run_says_where_it_stopped(sampler, run, tiny, pack, monkeypatch):
     import comfy.model_management as management
-    from pack.nodes.live import Live
+    from pack.nodes.progress import Live
 
     told = []
     monkeypatch.setattr(Live, "send", lambda self, text: told.append(text))

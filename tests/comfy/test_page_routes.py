@@ -187,7 +187,7 @@ def test_a_full_disk_and_no_rights_leave_nothing(code, status, words, pack, monk
     import errno
     import sys
 
-    page = sys.modules["pack.nodes.page"]
+    page = sys.modules["pack.nodes.pictures.routes"]
 
     class Full(io.BytesIO):
         def write(self, data):

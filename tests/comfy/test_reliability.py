@@ -211,7 +211,9 @@ def test_an_interrupt_at_every_stage(run, tiny, folder, stop, pack, sample, monk
     import comfy.model_management as management
     import comfy.sample
     import comfy.utils
-    from pack.safe_denoiser import denoiser, densities, listing
+    from pack.safe_denoiser import denoiser
+    from pack.safe_denoiser.density import densities
+    from pack.safe_denoiser.pictures import listing
 
     clip = run("LoadOpenCLIP", weights="tiny_clip").result[0]
     seen = stop(listing, "examine", 5)
@@ -295,9 +297,10 @@ def test_without_a_cache_everything_goes_on(fault, run, tiny, folder, pack, monk
     import errno
 
     from pack.nodes import folders
-    from pack.safe_denoiser import storage as module
+    from pack.safe_denoiser.bank import cache
+    from pack.safe_denoiser.bank import file_format as module
 
-    module._unwritable.clear()
+    cache._unwritable.clear()
     place = folders.cache("latents").parent
     moved = place.with_name("moved")
     if place.exists():
@@ -339,7 +342,7 @@ def test_a_bank_that_cannot_be_saved_says_so_and_leaves_nothing(run, tiny, monke
     import errno
 
     import folder_paths
-    from pack.safe_denoiser import storage as module
+    from pack.safe_denoiser.bank import file_format as module
 
     def save_file(tensors, path, metadata=None):
         Path(path).write_bytes(b"half")
@@ -356,14 +359,15 @@ def test_a_bank_that_cannot_be_saved_says_so_and_leaves_nothing(run, tiny, monke
 
 def resources() -> tuple[float, int, int]:
     """(MB of memory, open files, entries of the pack's own caches)."""
-    from pack.nodes import loading, runs
-    from pack.safe_denoiser import bank
+    from pack.nodes.models import loading
+    from pack.nodes.steering import remembered_runs
+    from pack.safe_denoiser.bank import bank
 
     gc.collect()
     status = Path("/proc/self/status")
     memory = int(status.read_text().split("VmRSS:")[1].split()[0]) / 1024 if status.exists() else 0
     files = len(os.listdir("/proc/self/fd")) if status.exists() else 0
-    return memory, files, len(runs._runs) + len(bank._recalled) + sum(map(len, loading._held.values()))
+    return memory, files, len(remembered_runs._runs) + len(bank._recalled) + sum(map(len, loading._held.values()))
 
 
 def test_many_runs_in_one_process_take_no_more_than_a_few(run, tiny, request, comfy):

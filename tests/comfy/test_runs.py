@@ -161,7 +161,7 @@ def test_a_part_of_a_rule_that_remembers_nothing_has_nothing_to_say(advanced, ru
 
 def test_a_part_whose_beginning_is_not_known_says_so(advanced, apply, prompts, run):
     """Because it was sampled without this node, under another prompt, or longer ago than what is remembered."""
-    from pack.nodes.runs import RESUMABLE
+    from pack.nodes.steering.remembered_runs import RESUMABLE
 
     patched, report = apply()
     other = [run("ClassCondition", class_index=10).result[0], prompts[1]]
@@ -262,7 +262,7 @@ def test_a_rule_with_a_name_is_a_method_of_the_nodes(pack, run, tiny, prompts, m
     """What CONTRIBUTING.md promises of ten lines; tests/unit/test_house.py has the rest."""
     from pack.safe_denoiser.denoiser import METHODS
     from pack.safe_denoiser.prediction import Correction
-    from pack.safe_denoiser.rule import Rule
+    from pack.safe_denoiser.rules.rule import Rule
 
     class AwayFromMean(Rule):
         def __init__(self, view):

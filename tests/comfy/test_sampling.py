@@ -92,7 +92,8 @@ def test_what_calibration_finds_is_kept_for_the_next_run(tiny, sample, monkeypat
     import sys
 
     sample.safe()
-    monkeypatch.setattr(sys.modules["pack.safe_denoiser.densities"], "temperature_for", lambda *args: pytest.fail("calibrated again"))
+    monkeypatch.setattr(sys.modules["pack.safe_denoiser.density.densities"], "temperature_for",
+                        lambda *args: pytest.fail("calibrated again"))
     sample.safe()
 
 
@@ -194,9 +195,9 @@ def test_a_bank_that_does_not_fit_is_read_from_its_file_at_each_step(run, tiny, 
 
     wanted, _ = sample.safe()
     run("SaveNegationBank", negation_bank=tiny.bank, filename_prefix="streamed")
-    monkeypatch.setattr(sys.modules["pack.nodes.bank"], "memory", lambda device: 1000)
+    monkeypatch.setattr(sys.modules["pack.nodes.bank.negation_bank"], "memory", lambda device: 1000)
     stored = run("LoadNegationBank", bank="streamed_00001_.safetensors").result[0]
-    assert type(stored.latents).__name__ == "Stored"
+    assert type(stored.latents).__name__ == "LazyLatents"
     latents, report = sample.safe(dict(negation_bank=stored, reference_bank=tiny.reference))
     torch.testing.assert_close(latents, wanted, rtol=1e-4, atol=1e-4)
     assert report.summary["corrected_calls"] == len(report.steps)

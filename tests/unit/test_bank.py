@@ -19,14 +19,14 @@ from safe_denoiser import (
     SafeDenoiser,
     combine_sets,
     encode_bank,
-    kernel,
     load_bank,
     merge_banks,
     posterior,
     save_bank,
 )
-from safe_denoiser.encode import fit_picture
-from safe_denoiser.stored import Stored
+from safe_denoiser.bank.encoding import fit_picture
+from safe_denoiser.bank.lazy_latents import LazyLatents
+from safe_denoiser.density import kernel
 
 
 def encode(image):
@@ -55,7 +55,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fails(tensors, file, metadata):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("safe_denoiser.storage.save_file", fails)
+    monkeypatch.setattr("safe_denoiser.bank.file_format.save_file", fails)
     with pytest.raises(KeyboardInterrupt):
         save_bank(Bank(torch.ones(1, 4, 2, 2)), path)
     assert not load_bank(path).latents.any() and len(list(tmp_path.iterdir())) == 1
@@ -220,7 +220,7 @@ def large(tmp_path):
     bank = Bank(torch.randn(300, 4, 16, 16, generator=torch.Generator().manual_seed(3)).half(), weights=torch.rand(300) + 0.5)
     save_bank(bank, tmp_path / "bank.safetensors")
     stored = load_bank(tmp_path / "bank.safetensors", memory=1000)
-    assert isinstance(stored.latents, Stored) and isinstance(load_bank(tmp_path / "bank.safetensors").latents, torch.Tensor)
+    assert isinstance(stored.latents, LazyLatents) and isinstance(load_bank(tmp_path / "bank.safetensors").latents, torch.Tensor)
     return bank, stored
 
 

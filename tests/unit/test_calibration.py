@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from safe_denoiser import Bank, posterior
-from safe_denoiser.calibration import _Noised, calibrate, temperature_for
+from safe_denoiser.density.calibration import _Noised, calibrate, temperature_for
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from safe_denoiser import Bank, SafeDenoiser, compress_bank, index_bank, load_bank, posterior, save_bank
-from safe_denoiser.stored import Stored
+from safe_denoiser.bank.lazy_latents import LazyLatents
 
 SHAPE = (4, 24, 24)
 
@@ -17,7 +17,7 @@ def clustered(n=2000, clusters=20, seed=0):
     return Bank(centres.repeat_interleave(n // clusters, 0) + 0.3 * torch.randn(n, *SHAPE, generator=generator))
 
 
-class Counted(Stored):
+class Counted(LazyLatents):
     """Counts the items that are read."""
 
     def _read(self, first, last):

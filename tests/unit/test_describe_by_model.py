@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from benchmarks.digits import bank, data
-from safe_denoiser.describe_by_model import describe_by_model, rounds, rows_needed
+from safe_denoiser.condition.describe_by_model import describe_by_model, rounds, rows_needed
 from tiny_digits.train import WORDS
 from tiny_digits.world import PROMPTS, TinyDigits, prompt, reference_bank
 from tiny_photos.world import PROMPTS as PHOTO_PROMPTS

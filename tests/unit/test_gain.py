@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from benchmarks.digits import bank, data
-from safe_denoiser.gain import Check, Gain, Probe, together
-from safe_denoiser.gain_plot import plot
-from safe_denoiser.learn import EVERY, PATIENCE, Learning, Schedule
+from safe_denoiser.condition.gain import Check, Gain, Probe, together
+from safe_denoiser.condition.gain_plot import plot
+from safe_denoiser.condition.learn import EVERY, PATIENCE, Learning, Schedule
 from tiny_digits.world import TinyDigits, prompt, reference_bank
 
 EMPTY = [prompt(None)]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from safe_denoiser import Bank
-from safe_denoiser.gaussian import Natural, fit
+from safe_denoiser.density.gaussian import Natural, fit
 
 F64 = torch.float64
 
@@ -134,8 +134,8 @@ def test_no_guidance_is_let_go_on_the_word_of_banks_that_see_nothing():
 
 def test_closed_form_of_two_gaussians():
     """E_other - E_u of one covariance is sigma^2 (alpha^2 Sigma + sigma^2)^-1 (mu_other - mu_u), and the push never exceeds it."""
-    from safe_denoiser.by_gaussians import ByGaussians
     from safe_denoiser.prediction import Prediction
+    from safe_denoiser.rules.by_gaussians import ByGaussians
 
     unsafe, other = (fit(bank.to(dtype=F64)) for bank in split(2.0))
     x, sigma, alpha = torch.randn(3, 64, dtype=F64), torch.full((3,), 0.8, dtype=F64), torch.full((3,), 0.6, dtype=F64)

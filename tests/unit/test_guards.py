@@ -6,21 +6,11 @@ import pytest
 import torch
 
 from safe_denoiser import Bank, SafeDenoiser
-from safe_denoiser.guards import (
-    PRESETS,
-    Alarm,
-    Sld,
-    concept_scores,
-    distances,
-    filter_steps,
-    flagged,
-    onto,
-    safree,
-    sld,
-    span,
-    surgery,
-)
 from safe_denoiser.prediction import Prediction
+from safe_denoiser.rules.sld import PRESETS, Sld, sld
+from safe_denoiser.words.alarm import Alarm
+from safe_denoiser.words.safree import distances, filter_steps, flagged, onto, safree, span
+from safe_denoiser.words.surgery import concept_scores, surgery
 
 
 def draw(seed, *shape):

@@ -9,8 +9,8 @@ import torch
 from safe_denoiser import Bank, Report, SafeDenoiser
 from safe_denoiser.denoiser import METHODS
 from safe_denoiser.prediction import Correction, Prediction
-from safe_denoiser.rule import Rule
-from safe_denoiser.view import View
+from safe_denoiser.rules.bank_view import BankView
+from safe_denoiser.rules.rule import Rule
 
 ROOT = Path(__file__).parents[2]
 CORE = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "safe_denoiser").glob("*.py") if path.stem != "__init__"}
@@ -45,7 +45,7 @@ def test_no_import_runs_upward():
 class AwayFromMean(Rule):
     """The rule of CONTRIBUTING.md."""
 
-    view: View
+    view: BankView
 
     def correct(self, p: Prediction, memory: dict) -> Correction:
         unsafe = self.view.densities.of(self.view.bank, p)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from safe_denoiser import NegationSet, combine_sets
-from safe_denoiser.sheets import contact_sheet, describe, thumbnail
+from safe_denoiser.pictures.contact_sheets import contact_sheet, describe, thumbnail
 
 
 def picture(mode="RGB", size=(20, 10)):
@@ -184,7 +184,7 @@ def test_zip_files_that_cannot_be_used(tmp_path):
 
 
 def test_a_member_too_large_is_never_unpacked(zipped, monkeypatch):
-    monkeypatch.setattr("safe_denoiser.listing.LARGEST", 10)
+    monkeypatch.setattr("safe_denoiser.pictures.listing.LARGEST", 10)
     with pytest.raises(ValueError, match="has no readable picture .3 unreadable.(.|\n)*larger than 0 MB"):
         NegationSet.from_zip(zipped)
 

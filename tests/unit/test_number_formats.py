@@ -6,7 +6,7 @@ import torch
 
 from safe_denoiser import Bank, SafeDenoiser
 from safe_denoiser.denoiser import METHODS
-from safe_denoiser.settings import WEIGHTS
+from safe_denoiser.rules.settings import WEIGHTS
 
 FORMATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 WAYS = [*(("safe_denoiser", weight, 1) for weight in WEIGHTS), *((method, "auto", 1) for method in METHODS if method != "safe_denoiser"),

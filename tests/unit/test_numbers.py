@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from safe_denoiser import Bank, SafeDenoiser, index_bank
-from safe_denoiser.kernel import posterior
+from safe_denoiser.density.kernel import posterior
 
 SHAPE = (2, 4, 4)
 
@@ -136,8 +136,8 @@ def test_the_posterior_is_that_of_float64(sigma, alpha, scale, near):
 
 def test_the_distance_between_neighbours_of_a_large_bank_takes_no_table_of_all_pairs():
     from benchmarks.step_cost import Allocations
-    from safe_denoiser.densities import SAMPLE
-    from safe_denoiser.trust import between_neighbours
+    from safe_denoiser.density.densities import SAMPLE
+    from safe_denoiser.density.separability import between_neighbours
 
     small, large = draw(SAMPLE, 24), draw(20_000, 24, seed=1)
     every = torch.cdist(small.double(), small.double()).fill_diagonal_(math.inf).amin(1).median()

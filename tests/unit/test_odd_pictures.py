@@ -10,7 +10,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from safe_denoiser import NegationSet
-from safe_denoiser.decoding import bare, decode
+from safe_denoiser.pictures.decoding import bare, decode
 
 PIXELS = (np.arange(12 * 16 * 3).reshape(12, 16, 3) % 251).astype("uint8")
 
@@ -93,7 +93,7 @@ def test_everything_that_is_no_picture_is_named(tmp_path):
 
 
 def test_heic_is_named_or_read_where_its_decoder_is_installed(tmp_path, monkeypatch):
-    from safe_denoiser import decoding
+    from safe_denoiser.pictures import decoding
 
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 64)
     (tmp_path / "plain.png").write_bytes(file())

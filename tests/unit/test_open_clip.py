@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 
 from dev import ROOT
 from safe_denoiser import Bank, LatentCache, NegationSet, SafeDenoiser
-from safe_denoiser.check import Checked, check
-from safe_denoiser.clip import fetch, load_clip, published
-from safe_denoiser.clip_files import CONFIG
-from safe_denoiser.describe import describe
-from safe_denoiser.meaning import alarm_threshold, choose, diverse, likeness, nearest, text_scores, twins
-from safe_denoiser.semantic import SemanticPosterior
+from safe_denoiser.meaning.clip import fetch, load_clip, published
+from safe_denoiser.meaning.clip_files import CONFIG
+from safe_denoiser.meaning.curation import choose, diverse, twins
+from safe_denoiser.meaning.describe import describe
+from safe_denoiser.meaning.likeness import alarm_threshold, likeness, nearest
+from safe_denoiser.meaning.safety_checker import Checked, check
+from safe_denoiser.meaning.semantic_posterior import SemanticPosterior
+from safe_denoiser.meaning.texts import text_scores
 from tiny_digits.train import WORDS
 from tiny_digits.world import CLIP, TinyDigits, digits_data, reference_bank
 
@@ -47,7 +49,7 @@ def unit(*rows):
 # --- loading -------------------------------------------------------------------------------------------------------
 
 def test_importing_the_core_does_not_import_open_clip():
-    code = "import sys, safe_denoiser.clip, safe_denoiser.meaning; sys.exit('open_clip' in sys.modules)"
+    code = "import sys, safe_denoiser.meaning.clip, safe_denoiser.meaning.likeness; sys.exit('open_clip' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -237,7 +239,7 @@ def test_pictures_are_prepared_as_open_clip_does(clip, size):
 def test_embeddings_are_cached_and_an_interrupt_loses_nothing(clip, tmp_path, monkeypatch):
     import dataclasses
 
-    monkeypatch.setattr("safe_denoiser.clip.BATCH", 2)
+    monkeypatch.setattr("safe_denoiser.meaning.clip.BATCH", 2)
     cached, calls = dataclasses.replace(clip, cache=LatentCache(tmp_path, "tiny")), []
     cached = dataclasses.replace(cached, ready=lambda: calls.append(1) or torch.device("cpu"))
     pictures, told = NegationSet.from_images(torch.rand(5, 32, 32, 3)), []
@@ -436,7 +438,7 @@ def test_chance_is_that_of_the_urn():
     """By counting: all draws of pictures out of one pot, and all ways that pictures may draw their phrases."""
     from itertools import combinations, product
 
-    from safe_denoiser.describe import _by_chance
+    from safe_denoiser.meaning.describe import _by_chance
 
     for mine, theirs in ((3, 0), (2, 1), (0, 2), (1, 3)):
         pot = [1] * (mine + theirs) + [0] * (9 - mine - theirs)

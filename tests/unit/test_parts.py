@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from safe_denoiser import Bank, SafeDenoiser, load_bank, save_bank
-from safe_denoiser.parts import choose, locate, windows
+from safe_denoiser.density.windows import choose, locate, windows
 from safe_denoiser.prediction import Prediction
 
 KINDS = 1.5 * torch.randn(7, 2, 4, 4, generator=torch.Generator().manual_seed(0))  # what a quarter of a picture shows; the last is unwanted
@@ -117,7 +117,7 @@ def test_what_was_found_is_remembered_for_all_banks_that_hold_the_same(reference
     shown, temperature = (first.inside[0][1].view.bank.latents, first.inside[0][1].view.densities.temperature)
     gate = SafeDenoiser(bank, weight="gate").view.densities.calibration
     save_bank(bank, tmp_path / "bank.safetensors")
-    for name in ("view.choose", "densities.temperature_for", "densities.calibrate"):
+    for name in ("rules.bank_view.choose", "density.densities.temperature_for", "density.densities.calibrate"):
         monkeypatch.setattr(f"safe_denoiser.{name}", lambda *args: pytest.fail("calibrated again"))
     for again in (bank.to(dtype=torch.float32).map(lambda y: y), load_bank(tmp_path / "bank.safetensors")):
         second = SafeDenoiser(again, reference=reference)

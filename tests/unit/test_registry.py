@@ -79,7 +79,8 @@ def test_the_archive_holds_what_runs_and_nothing_else():
     def ships(path):
         return not any(matches(path, rule) for rule in rules)
 
-    for path in ("__init__.py", "nodes/sample.py", "safe_denoiser/bank.py", "web/safe_denoiser.js", "web/docs/SafeDenoiserReport.md",
+    for path in ("__init__.py", "nodes/steering/sample.py", "safe_denoiser/bank/bank.py", "web/safe_denoiser.js",
+                 "web/docs/SafeDenoiserReport.md",
                  "web/docs/SafeDenoiserReport/ja.md", "web/docs/img/SafeDenoiserReport.png",
                  "locales/zh/nodeDefs.json", "example_workflows/1 Try it.json", "example_workflows/1 Try it.jpg",
                  "tiny_digits/models/diffusion_models/tiny_digits.safetensors", "LICENSE", "requirements.txt",

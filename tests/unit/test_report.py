@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from safe_denoiser import Bank, NegationSet, Report, SafeDenoiser
-from safe_denoiser.sheets import sheet
-from safe_denoiser.weak import weaknesses
+from safe_denoiser.pictures.contact_sheets import sheet
+from safe_denoiser.setup_warnings import weaknesses
 
 
 def run(sigmas, denoised=None, **settings):

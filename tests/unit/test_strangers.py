@@ -28,11 +28,11 @@ from safe_denoiser import (
     merge_banks,
     save_bank,
 )
-from safe_denoiser.encode import fit_picture
-from safe_denoiser.negation_set import combine_sets
-from safe_denoiser.pictures import LONGEST, printable
-from safe_denoiser.sheets import contact_sheet, sheet
-from safe_denoiser.stored import Stored
+from safe_denoiser.bank.encoding import fit_picture
+from safe_denoiser.bank.lazy_latents import LazyLatents
+from safe_denoiser.pictures.contact_sheets import contact_sheet, sheet
+from safe_denoiser.pictures.files import LONGEST, printable
+from safe_denoiser.pictures.negation_set import combine_sets
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="files of this kind are POSIX's")
 
@@ -82,7 +82,7 @@ def test_banks_that_differ_are_told_apart_by_their_fingerprint():
 
 
 def test_calibrations_do_not_pile_up():
-    from safe_denoiser import bank as module
+    from safe_denoiser.bank import bank as module
 
     one = Bank(torch.randn(3, 2, 2, 2))
     for i in range(module.RECALLED + 50):
@@ -113,7 +113,7 @@ def test_a_bank_that_stays_in_its_file_is_as_good_as_one_in_memory(way, count, t
     bank, other = Bank(torch.randn(count, 2, 8, 8, generator=draw)), Bank(torch.randn(30, 2, 8, 8, generator=draw) + 0.3)
     save_bank(bank, tmp_path / "bank.safetensors")
     stored = load_bank(tmp_path / "bank.safetensors", memory=0)
-    assert isinstance(stored.latents, Stored)
+    assert isinstance(stored.latents, LazyLatents)
     x = torch.randn(2, 2, 8, 8, generator=draw)
     more = dict(mask=(torch.arange(8) > 3).float().expand(2, 1, 8, 8)) if way == "masked" else {}
     more |= dict(unwanted=x / 3, unconditional=x / 4, conditional=x / 2) if way == "witness" else {}

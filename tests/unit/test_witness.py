@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from safe_denoiser import Bank, SafeDenoiser
-from safe_denoiser.gaussian import fit
+from safe_denoiser.density.gaussian import fit
 from safe_denoiser.prediction import Prediction
-from safe_denoiser.witness import (
+from safe_denoiser.rules.witness import (
     CAUTION,
     DOUBT,
     PRIOR,

@@ -1,0 +1,1 @@
+"""Nodes that build, save and load negation banks, or sample a reference bank."""

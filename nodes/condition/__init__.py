@@ -1,0 +1,1 @@
+"""Nodes that learn, save and load unwanted conditions."""

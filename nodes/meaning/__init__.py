@@ -1,0 +1,1 @@
+"""Nodes that ask what pictures mean: load CLIP, curate, describe, check."""

@@ -1,0 +1,1 @@
+"""What happens at each step of a sampler, and the nodes that patch a model for it."""

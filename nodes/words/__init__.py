@@ -1,0 +1,1 @@
+"""The node that takes concepts out of a prompt, and the guards behind it."""

@@ -1,0 +1,1 @@
+"""What pictures and texts mean, by CLIP: to curate, describe and check sets of pictures."""

@@ -1,0 +1,1 @@
+"""Rules: each answers a prediction of the model with a correction."""
