@@ -1,6 +1,8 @@
-"""The house: files that one screen or two show, imports that never run upward, and a new rule in ten lines that gets all the rest."""
+"""The house: stations that import in one order, files that one screen or two show, and a new rule in ten lines that gets all the rest."""
 import ast
+import re
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,51 @@ from safe_denoiser.rules.bank_view import BankView
 from safe_denoiser.rules.rule import Rule
 
 ROOT = Path(__file__).parents[2]
-CORE = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "safe_denoiser").glob("*.py") if path.stem != "__init__"}
-CLASSES = [(name, one) for name, tree in CORE.items() for one in ast.walk(tree) if isinstance(one, ast.ClassDef)]
+FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+         for part in ("safe_denoiser", "nodes") for path in sorted((ROOT / part).rglob("*.py"))}
+CLASSES = [(name, one) for name, tree in FILES.items() if name.startswith("safe_denoiser/")
+           for one in ast.walk(tree) if isinstance(one, ast.ClassDef)]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_a_core_file_has_at_most_250_lines(name):
-    assert len((ROOT / f"safe_denoiser/{name}.py").read_text().splitlines()) <= 250
+def table(heading):
+    """The cells of each row below a heading of CONTRIBUTING.md."""
+    part = TEXT.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def stations():
+    """Each file of the map, and its place in the order: a folder is one place, a file beside the folders has its own."""
+    found, place = [], 0
+    for _, *cells in table("The map"):
+        for top, cell in zip(("safe_denoiser", "nodes"), cells):
+            folder = ""
+            for word in re.findall("`(.+?)`", cell):
+                place += 1 if not folder else 0
+                if word.endswith("/"):
+                    folder = word
+                else:
+                    found.append((f"{top}/{folder}{word}", place))
+    return found
+
+
+def imported(name):
+    """The files that a file imports, wherever it does; names that are taken from a package are files of it, or its own."""
+    for node in ast.walk(FILES[name]):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = Path(name).parents[node.level - 1] if node.level <= len(Path(name).parents) else None
+            base = base.joinpath(*node.module.split(".")) if node.module else base
+            for path in (base.with_suffix(".py") if base.name else base, *(base / f"{one.name}.py" for one in node.names)):
+                if path.as_posix() in FILES:
+                    yield path.as_posix()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_has_at_most_250_lines_and_a_function_60(name):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 250
+    functions = [one for one in ast.walk(FILES[name]) if isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    assert not [one.name for one in functions if one.end_lineno - one.lineno >= 60]
 
 
 @pytest.mark.parametrize("name, one", CLASSES, ids=lambda value: getattr(value, "name", value))
@@ -28,17 +68,42 @@ def test_a_class_has_at_most_150_lines_and_10_fields_but_the_public_one(name, on
     assert sum(isinstance(line, ast.AnnAssign) for line in one.body) <= 10 or one.name == "SafeDenoiser"
 
 
-def test_no_import_runs_upward():
-    """The order of the map in CONTRIBUTING.md is the order in which the files can be read."""
-    imports = {name: {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module}
-               | {one.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 and not node.module
-                  for one in node.names} for name, tree in CORE.items()}
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("|") and line.count("|") == 4]
-    order = [word[:-3] for row in rows for word in row.split("`")[1::2] if word.endswith(".py") and word[:-3] in CORE]
-    assert sorted(order) == sorted(CORE), "each file is in the map once"
-    for place, name in enumerate(order):
-        assert imports[name] <= set(order[:place]), f"{name} imports what comes later"
+@pytest.mark.parametrize("folder", sorted({Path(name).parent.as_posix() for name in FILES}))
+def test_a_folder_has_at_most_twelve_files_and_a_line_that_says_what_for(folder):
+    assert sum(Path(name).parent.as_posix() == folder for name in FILES) <= 12
+    first = FILES[f"{folder}/__init__.py"].body
+    assert ast.get_docstring(FILES[f"{folder}/__init__.py"]) and (folder in ("safe_denoiser", "nodes") or len(first) == 1)
+
+
+def test_each_file_is_in_the_map_once():
+    assert sorted(name for name, _ in stations()) == sorted(name for name in FILES if not name.endswith("__init__.py"))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith("__init__.py")])
+def test_imports_run_down_the_map(name):
+    place = dict(stations())
+    top = name.partition("/")[0]  # the nodes come after the whole core
+    wrong = [other for other in imported(name) if other in place and other.startswith(f"{top}/") and place[other] > place[name]]
+    assert not wrong and (top == "nodes" or not any(other.startswith("nodes/") for other in imported(name)))
+
+
+def test_imports_run_in_no_circle():
+    TopologicalSorter({name: [*imported(name)] for name in FILES}).prepare()
+
+
+def test_ten_questions_are_answered_by_one_link_each():
+    rows = table("Where is ...?")
+    assert len(rows) == 10
+    for question, answer in rows:
+        (shown, link), = re.findall(r"\[(.+?)\]\((.+?)\)", answer)
+        assert question.endswith("?") and link.endswith(shown) and link in FILES, question
+        for name in re.findall(r"`(\w+)(?:\.\w+)?`", answer.partition(";")[0]):
+            assert name in {getattr(one, "name", "") for one in FILES[link].body}, (question, name)
+
+
+def test_the_glossary_has_at_most_twenty_lines_and_each_word_once():
+    words = [word.strip(" *") for row in table("One word for one thing") for word in row[0].split(",")]
+    assert len(table("One word for one thing")) <= 20 and len(words) == len(set(words))
 
 
 @dataclass(frozen=True, eq=False)
