@@ -90,40 +90,43 @@ class SafeDenoiser:
     own: object = None
     memory: dict = field(default_factory=dict, repr=False)
     view: BankView = field(init=False, repr=False)
+    kind: type[Rule] = field(init=False, repr=False)
 
     def __post_init__(self):
         require_choice("method", self.method, METHODS)
         require_ranges(self, RANGES)
         settings = Settings(**{one.name: getattr(self, one.name) for one in fields(Settings)})
-        view = BankView(self.bank and METHODS[self.method].prepared(self.bank), self.retain, self.reference, settings, self.semantic,
+        kind = METHODS[self.method]
+        view = BankView(self.bank and kind.prepared(self.bank), self.retain, self.reference, settings, self.semantic,
                     trusted=self.trusted, own=self.own)
-        METHODS[self.method].require(self.method, view)
+        kind.require(self.method, view)
         object.__setattr__(self, "view", view)
-        if (self.parts or 1) > 1 and not (view.comparable and METHODS[self.method].by_parts(settings)):
+        object.__setattr__(self, "kind", kind)
+        if (self.parts or 1) > 1 and not (view.comparable and kind.by_parts(settings)):
             raise ValueError(f"parts is {self.parts}, and only safe_denoiser with a reference or retain bank can tell which part of a "
                              f"picture is meant; connect one, or set parts to 1")
 
     @cached_property
     def rule(self) -> Rule:
         """What corrects whole pictures."""
-        return METHODS[self.method].of(self.view)
+        return self.kind.of(self.view)
 
     @cached_property
     def inside(self) -> list[tuple[tuple, Rule, dict]]:
         """Each window, what corrects it, and what is remembered of it; none where pictures are compared as a whole."""
-        if not METHODS[self.method].by_parts(self.view.settings):
+        if not self.kind.by_parts(self.view.settings):
             return []
-        return [(place, METHODS[self.method].of(view), self.memory.setdefault(f"window {k}", {}))
-                for k, (place, view) in enumerate(self.view.by_parts(self.parts))]
+        views = enumerate(self.view.by_parts(self.parts))
+        return [(place, self.kind.of(view), self.memory.setdefault(f"window {k}", {})) for k, (place, view) in views]
 
     @cached_property
     def masks(self) -> InsideMasks:
         """What corrects inside masks."""
-        return InsideMasks(self.view, METHODS[self.method].of)
+        return InsideMasks(self.view, self.kind.of)
 
     def correct(self, p: Prediction, mask: Tensor | None = None) -> Correction:
         """The correction of one prediction at strength 1; with a mask (B, D), inside it."""
-        if not METHODS[self.method].whole(self.view, p) and self.inside:
+        if not self.kind.whole(self.view, p) and self.inside:
             return by_windows(self.inside, self.bank.latents.shape[1:], p, mask)
         if mask is None or not self.rule.distances:
             return self.rule.correct(p, self.memory)
@@ -140,7 +143,7 @@ class SafeDenoiser:
 
     def listens(self, sigma: Tensor) -> Tensor:
         """At which noise levels (B,) an unwanted condition is to be evaluated, (B,), bool."""
-        return sigma > self.sigma_end if METHODS[self.method].gathers(self.view) else self.opens(sigma)
+        return sigma > self.sigma_end if self.kind.gathers(self.view) else self.opens(sigma)
 
     @torch.no_grad()
     def safe(self, x: Tensor, denoised: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0,

@@ -6,7 +6,6 @@ from dataclasses import replace
 import torch
 
 from ...safe_denoiser import Report, SafeDenoiser, Step
-from ...safe_denoiser.denoiser import METHODS
 from ...safe_denoiser.density.separability import looks_exchanged
 from ...safe_denoiser.report import STOPPED
 from ...safe_denoiser.setup_warnings import NO_NEUTRAL, weaknesses
@@ -89,7 +88,7 @@ class Run:
         self.denoisers = {tuple(self.picture.of(noise).shape[1:]): denoiser}
         if denoiser.strength and denoiser.inside:
             self.note(f"compared by parts of the picture, in {len(denoiser.inside)} windows")
-        if "unwanted" in self.patch.connected and not METHODS[denoiser.method].hears:
+        if "unwanted" in self.patch.connected and not denoiser.kind.hears:
             self.note(f"method {denoiser.method} does not know the unwanted condition, only safe_denoiser does")
         bank = self.patch.denoiser.bank
         self.origin = None if bank is None or bank.origin is None else torch.tensor(bank.origin, device=noise.device)

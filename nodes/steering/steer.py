@@ -9,7 +9,6 @@ import comfy.patcher_extension
 import torch
 
 from ...safe_denoiser import Bank, Report, SafeDenoiser
-from ...safe_denoiser.denoiser import METHODS
 from ...safe_denoiser.density.separability import require_unlike
 from ...safe_denoiser.report import UNSTEERED
 from ..models.guidance import around
@@ -67,7 +66,7 @@ class Patch:
         self.banks = {name: bank for name in ("bank", "retain", "reference") if (bank := getattr(denoiser, name)) is not None}
         self.on = denoiser.strength != 0
         self.meant, self.begun = self.on and start < end, True
-        self.given = connected if self.on and METHODS[denoiser.method].hears else {}
+        self.given = connected if self.on and denoiser.kind.hears else {}
         self.check = ConditionCheck(self.given, self.banks) if check and "bank" in self.banks and "unwanted" in self.given else None
         self.report = Report([], [], source(), [], what, denoiser.bank.names_of if denoiser.bank else {})
         self.runs = WeakKeyDictionary()  # by guider: one never runs twice at a time
