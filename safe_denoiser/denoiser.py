@@ -95,11 +95,10 @@ class SafeDenoiser:
     def __post_init__(self):
         require_choice("method", self.method, METHODS)
         require_ranges(self, RANGES)
-        settings = Settings(**{one.name: getattr(self, one.name) for one in fields(Settings)})
-        kind = METHODS[self.method]
+        kind, settings = METHODS[self.method], Settings(**{one.name: getattr(self, one.name) for one in fields(Settings)})
+        kind.require(self.method, self.bank, settings)
         view = BankView(self.bank and kind.prepared(self.bank), self.retain, self.reference, settings, self.semantic,
                     trusted=self.trusted, own=self.own)
-        kind.require(self.method, view)
         object.__setattr__(self, "view", view)
         object.__setattr__(self, "kind", kind)
         if (self.parts or 1) > 1 and not (view.comparable and kind.by_parts(settings)):

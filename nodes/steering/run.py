@@ -207,9 +207,9 @@ class Run:
             self.note(witness.apart(guider))
         if witness.missed:
             self.note(MISSED)
-        if denoiser.method == "sld" and "unconditional" not in guides:
+        if denoiser.kind.guided and "unconditional" not in guides:
             self.note(UNGUIDED)
-        if "unwanted" in heard and denoiser.method == "safe_denoiser" and not {"neutral", "unconditional"} & {*guides, *heard} \
+        if "unwanted" in heard and denoiser.kind.neutral and not {"neutral", "unconditional"} & {*guides, *heard} \
                 and NO_NEUTRAL not in self.report.weak:
             self.report.weak.append(NO_NEUTRAL)
         reach = witness.reach(guider, x, timestep) if heard else None

@@ -9,6 +9,7 @@ import comfy.patcher_extension
 import torch
 
 from ...safe_denoiser import Bank, Report, SafeDenoiser
+from ...safe_denoiser.denoiser import METHODS
 from ...safe_denoiser.density.separability import require_unlike
 from ...safe_denoiser.report import UNSTEERED
 from ..models.guidance import around
@@ -29,20 +30,10 @@ def require(banks: dict[str, Bank | None], unwanted, neutral, method: str, weigh
     if unwanted is None:
         if neutral is not None:
             raise ValueError("neutral is connected and unwanted is not; neutral is what unwanted is compared with, so connect unwanted too")
-        if weight == "witness":
-            raise ValueError("weight 'witness' compares with the prediction under an unwanted condition, and none is connected; connect "
-                             "unwanted, or choose weight 'auto'")
-        if method == "sld":
-            raise ValueError("method 'sld' pushes away from the prediction under an unwanted condition, and none is connected; connect "
-                             "unwanted")
-    if banks["bank"] is not None or method == "sld":
-        return
-    if unwanted is None:
-        raise ValueError("nothing says what must not come out; connect negation_bank (from Build or Load Negation Bank), or unwanted (a "
-                         "condition that means it, such as a prompt that asks for it), or both")
-    if method != "safe_denoiser" or weight not in ("auto", "witness"):
-        raise ValueError(f"{f'method {method!r}' if method != 'safe_denoiser' else f'weight {weight!r}'} steers by a negation bank, and "
-                         f"none is connected; connect negation_bank, or choose method 'safe_denoiser' and weight 'auto'")
+        METHODS[method].require_unwanted(weight)
+        if banks["bank"] is None:
+            raise ValueError("nothing says what must not come out; connect negation_bank (from Build or Load Negation Bank), or unwanted "
+                             "(a condition that means it, such as a prompt that asks for it), or both")
 
 
 class Patch:

@@ -6,6 +6,8 @@ from ..prediction import Correction, Prediction
 from .bank_view import BankView
 from .settings import Settings
 
+NO_BANK = "steers by a negation bank, and none is connected; connect negation_bank, or choose method 'safe_denoiser' and weight 'auto'"
+
 
 class Rule:
     """Answers a prediction; a view of the banks is all that it knows, so that it works inside masks, in windows and on frames of videos.
@@ -13,9 +15,11 @@ class Rule:
     Args:
         distances: it measures distances, inside a mask therefore those inside it; else it works element by element.
         hears: it knows the unwanted condition.
+        neutral: it compares that with a neutral prediction, and does less without one.
+        guided: it is defined only where there is guidance.
     """
 
-    distances, hears = True, False
+    distances, hears, neutral, guided = True, False, False, False
 
     @classmethod
     def of(cls, view: BankView) -> "Rule":
@@ -28,10 +32,14 @@ class Rule:
         return bank
 
     @staticmethod
-    def require(name: str, view: BankView) -> None:
-        """Raise ValueError where the view lacks what the rule of this name needs."""
-        if view.bank is None:
-            raise ValueError(f"method {name!r} needs a negation bank; connect one, or choose method 'safe_denoiser' and weight 'auto'")
+    def require(name: str, bank: Bank | None, settings: Settings) -> None:
+        """Raise ValueError where the rule of this name needs a negation bank, and there is none."""
+        if bank is None:
+            raise ValueError(f"method {name!r} {NO_BANK}")
+
+    @staticmethod
+    def require_unwanted(weight: str) -> None:
+        """Raise ValueError where the rule steers by an unwanted condition alone; asked where none is connected."""
 
     @staticmethod
     def by_parts(settings: Settings) -> bool:

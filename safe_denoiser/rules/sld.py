@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..bank.bank import Bank
 from ..methods import projection
 from ..prediction import Correction, Prediction
 from .bank_view import BankView
@@ -66,7 +67,7 @@ class BySld(Rule):
         numbers: of SLD.
     """
 
-    distances, hears = False, True
+    distances, hears, guided = False, True, True
 
     numbers: Sld
 
@@ -75,8 +76,13 @@ class BySld(Rule):
         return cls(view.own or Sld())
 
     @staticmethod
-    def require(name: str, view: BankView) -> None:
+    def require(name: str, bank: Bank | None, settings: Settings) -> None:
         pass  # no bank
+
+    @staticmethod
+    def require_unwanted(weight: str) -> None:
+        raise ValueError("method 'sld' pushes away from the prediction under an unwanted condition, and none is connected; connect "
+                         "unwanted")
 
     @staticmethod
     def by_parts(settings: Settings) -> bool:

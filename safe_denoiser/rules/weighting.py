@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..bank.bank import Bank
 from ..prediction import Correction, Prediction
 from .bank_view import BankView
 from .by_banks import ByBanks
 from .by_beta import ByBeta
 from .by_gaussians import ByGaussians
-from .rule import Rule
+from .rule import NO_BANK, Rule
 from .settings import Settings
 from .witness import ByWitness
 
@@ -56,16 +57,21 @@ class ByWeight(Rule):
     natural picture comes out instead of a bent one.
     """
 
-    hears = True
+    hears, neutral = True, True
 
     view: BankView
     rules: dict[str, Rule] = field(default_factory=dict, init=False)  # made so far, by weight
 
     @staticmethod
-    def require(name: str, view: BankView) -> None:
-        weight = view.settings.weight
-        if view.bank is None and weight not in ("auto", "witness"):
-            raise ValueError(f"weight {weight!r} needs a negation bank; connect one, or choose method 'safe_denoiser' and weight 'auto'")
+    def require(name: str, bank: Bank | None, settings: Settings) -> None:
+        if bank is None and settings.weight not in ("auto", "witness"):
+            raise ValueError(f"weight {settings.weight!r} {NO_BANK}")
+
+    @staticmethod
+    def require_unwanted(weight: str) -> None:
+        if weight == "witness":
+            raise ValueError("weight 'witness' compares with the prediction under an unwanted condition, and none is connected; connect "
+                             "unwanted, or choose weight 'auto'")
 
     @staticmethod
     def by_parts(settings: Settings) -> bool:

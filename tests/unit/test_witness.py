@@ -286,9 +286,9 @@ def test_refusals():
     x = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="needs a prediction under the unwanted condition"):
         SafeDenoiser(None).safe(x, x, 1.0)
-    with pytest.raises(ValueError, match="needs a negation bank"):
+    with pytest.raises(ValueError, match="steers by a negation bank"):
         SafeDenoiser(None, method="spell")
-    with pytest.raises(ValueError, match="needs a negation bank"):
+    with pytest.raises(ValueError, match="steers by a negation bank"):
         SafeDenoiser(None, weight="gate")
 
 
