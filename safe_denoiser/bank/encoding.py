@@ -1,8 +1,9 @@
 """From pictures to a bank: each is brought to one size and encoded once."""
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -47,6 +48,20 @@ def fit_picture(pixels: torch.Tensor, size: tuple[int, int], fit: str) -> torch.
     return image[0].movedim(0, -1)
 
 
+def read_ahead(prepare: Callable[[int], tuple], count: int) -> Iterator[tuple]:
+    """prepare(0), prepare(1), ... in order, by threads that are up to AHEAD of whoever asks; what nobody asks for any more is not begun."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        ahead = deque(pool.submit(prepare, i) for i in range(min(AHEAD, count)))
+        try:
+            for i in range(count):
+                found = ahead.popleft().result()
+                if i + AHEAD < count:
+                    ahead.append(pool.submit(prepare, i + AHEAD))
+                yield found
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torch.Tensor], size: tuple[int, int],
                 fit: str = "crop", progress: Callable[[int, int], None] | None = None,
                 cache: LatentCache | None = None) -> Bank:
@@ -83,13 +98,9 @@ def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torc
         picture, fingerprint = negation_set.read(i)  # by what is read now: a file may be replaced at any time
         return None, fit_picture(picture, size, fit), place(fingerprint)
 
-    with ThreadPoolExecutor(WORKERS) as pool:
-        ahead = deque(pool.submit(prepare, i) for i in range(min(AHEAD, count)))
-        try:
-            for i in range(count):
-                latent, picture, path = ahead.popleft().result()
-                if i + AHEAD < count:
-                    ahead.append(pool.submit(prepare, i + AHEAD))
+    try:
+        with closing(read_ahead(prepare, count)) as ready:
+            for i, (latent, picture, path) in enumerate(ready):
                 if latent is None:
                     latent = encode(picture).detach().cpu().contiguous()
                     if not bool(latent.isfinite().all()):
@@ -100,10 +111,9 @@ def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torc
                 latents.append(latent)
                 if progress:
                     progress(i + 1, count)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if cache:
-                cache.trim()
+    finally:
+        if cache:
+            cache.trim()
     shapes = sorted({tuple(latent.shape) for latent in latents})
     if len(shapes) > 1:
         raise ValueError(f"the set mixes latents of shapes {shapes}; a saved bank can be combined only with what the same VAE encodes "
