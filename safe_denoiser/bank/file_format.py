@@ -68,8 +68,7 @@ def load_bank(path: str | Path, memory: float = math.inf) -> Bank:
             clusters = Clusters(file.get_tensor("centres"), file.get_tensor("labels")) if "labels" in tensors else None
             latents = file.get_tensor("latents") if math.prod(shape) * 4 <= memory else LazyLatents(path)
         bank = Bank(latents, names, metadata, weights, clusters)
-        if bank.origin is not None and len(bank.origin) != len(bank):
-            raise ValueError(f"its origin does not name a picture for each of {len(bank)} latents; build it again")
+        _check_origin(bank)
         return bank
     except SafetensorError as error:
         raise ValueError(f"{path.name!r} is not a readable safetensors file ({printable(str(error))}); it may be truncated: "
@@ -91,13 +90,24 @@ def _read_header(header: dict[str, str]) -> tuple[tuple[str, ...], dict[str, str
         raise ValueError(f"it is a negation bank of version {version}, this pack reads up to {VERSION}; update the pack")
     try:
         names, metadata = json.loads(header["names"]), json.loads(header["metadata"])
-        origin = json.loads(metadata.get("origin", "[]"))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError("its names or metadata cannot be read; build it again") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("its names are not a list of texts; build it again")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not texts; build it again")
+    return tuple(map(printable, names)), metadata
+
+
+def _check_origin(bank: Bank) -> None:
+    """Raise ValueError where a file says of which pictures its items are, and that is not one number for each."""
+    if "origin" not in bank.metadata:
+        return
+    try:
+        origin = bank.origin
+    except (ValueError, RecursionError) as error:
+        raise ValueError("its names or metadata cannot be read; build it again") from error
     if not isinstance(origin, list) or not all(type(i) is int and 0 <= i < 2**31 for i in origin):
         raise ValueError("its origin is not a list of pictures' numbers; build it again")
-    return tuple(map(printable, names)), metadata
+    if len(origin) != len(bank):
+        raise ValueError(f"its origin does not name a picture for each of {len(bank)} latents; build it again")
