@@ -64,9 +64,9 @@ def archive(path: Path, state: tuple[int, ...]) -> zipfile.ZipFile:
     return zipfile.ZipFile(_OnDemand(path))
 
 
-def state_of(path: Path) -> tuple[int, ...]:
-    """What changes when a file does: size and times, of which programs can set one but not the other."""
-    status = path.stat()
+def state_of(path: Path, status: os.stat_result | None = None) -> tuple[int, ...]:
+    """What changes when a file does: size and times, of which programs can set one but not the other; `status` where it is known."""
+    status = status or path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

@@ -24,7 +24,7 @@ def is_beside(name: str) -> bool:
 def in_folder(path: Path, folder: Path) -> tuple[File | str, int]:
     """The picture and its bytes, or a reason why there is none."""
     try:
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             return "link to a file outside the folder", 0
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # to read a pipe or a device would never end
@@ -33,7 +33,7 @@ def in_folder(path: Path, folder: Path) -> tuple[File | str, int]:
             return f"larger than {LARGEST >> 20} MB", 0
         if never_read(path.name):
             return not_read(path.name), 0
-        return File(path, state_of(path)), status.st_size
+        return File(path, state_of(path, status)), status.st_size
     except FileNotFoundError:
         return "broken link", 0
     except (OSError, RuntimeError) as error:  # no permission; a link to itself

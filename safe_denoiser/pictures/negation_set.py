@@ -1,6 +1,7 @@
 """NegationSet: image files -> fingerprints and lazily decoded pictures."""
 import hashlib
 import math
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,9 +57,10 @@ class NegationSet:
         if not folder.is_dir():
             raise FileNotFoundError(f"negation set folder {folder.name!r} does not exist; create {folder} "
                                     f"and put the pictures that must not come out into it")
-        files = sorted((file for file in folder.iterdir() if not is_beside(file.name) and not file.is_dir()),
-                       key=lambda file: natural(file.name))
-        return cls._of(f"folder {folder.name!r}", ((file.name, in_folder(file, folder)) for file in files), len(files), max_images,
+        with os.scandir(folder) as entries:  # which know without another look what is a folder, but for links
+            names = sorted((one.name for one in entries if not is_beside(one.name)
+                            and not (Path(one) if one.is_symlink() else one).is_dir()), key=natural)
+        return cls._of(f"folder {folder.name!r}", ((name, in_folder(folder / name, folder)) for name in names), len(names), max_images,
                        progress)
 
     @classmethod
