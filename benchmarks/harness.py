@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safe_denoiser import SafeDenoiser
+from safe_denoiser.rules.sld import PRESETS
 
 HERE = Path(__file__).parent
 
@@ -27,6 +28,12 @@ def stacked(*layers: SafeDenoiser) -> Callable:
         return denoised + sum(one - denoised for one, _ in found), found[-1][1]
 
     return safe
+
+
+def safe_latent_diffusion(preset: str, sigma_at: Callable[[float], float]) -> SafeDenoiser:
+    """SLD with the numbers of a preset; `sigma_at` is the noise level at that share of the schedule, where its warm-up ends."""
+    numbers, warmup = PRESETS[preset]
+    return SafeDenoiser(None, method="sld", own=numbers, sigma_start=float(sigma_at(warmup)))
 
 
 def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -43,7 +43,7 @@ from torch import Tensor
 from safe_denoiser import Bank, SafeDenoiser
 from safe_denoiser.rules.sld import PRESETS
 
-from .harness import Scale, arguments, closing, mean, record, stacked, wilson
+from .harness import Scale, arguments, closing, mean, record, safe_latent_diffusion, stacked, wilson
 from .worlds import Call, Gaussians, Heart, World, call, gaussians, sample, schedule
 
 HERE = Path(__file__).parent
@@ -380,9 +380,8 @@ def layered(make: Callable[[Scene], list[SafeDenoiser]], hears: bool = True) -> 
 
 def sld(preset: str) -> SafeDenoiser:
     """Safe latent diffusion; its warm-up in shares of the schedule's steps."""
-    numbers, warmup = PRESETS[preset]
     levels = schedule()
-    return SafeDenoiser(None, method="sld", own=numbers, sigma_start=float(levels[round(warmup * (len(levels) - 1))]))
+    return safe_latent_diffusion(preset, lambda warmup: levels[round(warmup * (len(levels) - 1))])
 
 
 METHODS = {

@@ -33,7 +33,7 @@ from .digits import (
     with_retain,
     world,
 )
-from .harness import Scale, arguments, closing, mean, record, stacked
+from .harness import Scale, arguments, closing, mean, record, safe_latent_diffusion, stacked
 
 QUICK = ("evidence, reference bank (default)", "unwanted, negation and reference bank", "official, strength 0.33", "control: bank of noise")
 SAMPLERS = ("euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "heun", "lcm")
@@ -182,8 +182,7 @@ def witnesses() -> dict[str, tuple[Callable, dict]]:
 def layers() -> dict[str, tuple[Callable, dict]]:
     """Safe latent diffusion, which needs guidance, alone and with the others on one model; all hear the same condition."""
     def sld(preset):
-        numbers, warmup = PRESETS[preset]
-        return SafeDenoiser(None, method="sld", own=numbers, sigma_start=float(shifted(torch.tensor(1 - warmup))))
+        return safe_latent_diffusion(preset, lambda warmup: shifted(torch.tensor(1 - warmup)))
 
     beside = {" alone": lambda negated: (),
               " and both banks": lambda negated: (SafeDenoiser(bank(negated), reference=reference(), weight="evidence"),),
