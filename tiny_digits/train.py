@@ -221,15 +221,18 @@ def report(world, held_out, labels):
     print("unconditional:", found.bincount(minlength=10).tolist())
 
 
+def arguments(text, parts, **steps):
+    """A parser that knows how many steps each network is trained, and which parts are made."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for network, count in steps.items():
+        parser.add_argument(f"--{network}-steps", type=int, default=count)
+    parser.add_argument("--only", choices=parts, action="append",
+                        help="make only this part, from the files of the others; may be repeated")
+    return parser
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classifier-steps", type=int, default=800)
-    parser.add_argument("--vae-steps", type=int, default=2000)
-    parser.add_argument("--model-steps", type=int, default=6000)
-    parser.add_argument("--clip-steps", type=int, default=2500)
-    parser.add_argument("--only", choices=PARTS, action="append",
-                        help="retrain only this part, from the files of the others; may be repeated")
-    options = parser.parse_args()
+    options = arguments(__doc__, PARTS, classifier=800, vae=2000, model=6000, clip=2500).parse_args()
     parts = options.only or PARTS
     torch.manual_seed(0)
     pixels, labels, held_out, held_out_labels = digits_data()

@@ -33,11 +33,11 @@ LATENT = (16, 4, 4)
 SHIFT = 3.0  # SD3's timestep shift, which ComfyUI assumes for this architecture
 
 
-def prompt(name, batch=1):
+def prompt(name, batch=1, prompts=PROMPTS):
     """One-hot prompt (batch, 16); None or "" is the empty prompt, all zeros."""
     label = torch.zeros(batch, LABELS)
     if name:
-        label[:, PROMPTS[name]] = 1
+        label[:, prompts[name]] = 1
     return label
 
 

@@ -3,14 +3,13 @@
 FOLDER holds train/<class>/*.jpg and test/<class>/*.jpg, as CIFAR-10's 60,000 photographs do. Writes the weights that `world.py` loads, the
 negation sets and the reference bank, all of which the model draws itself: no photograph of the data set is shipped.
 """
-import argparse
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from tiny_digits.networks import LATENT_SCALE, LATENT_SHIFT, TAESD, ResBlock
-from tiny_digits.train import fit, flow_loss, random_prompts, save, save_pictures, save_reference
+from tiny_digits.train import arguments, fit, flow_loss, random_prompts, save, save_pictures, save_reference
 from tiny_digits.world import World, load
 
 from .data import CLASSES, JUDGE, MODEL, SIDE, TESTED, UNSEEN, cached, enlarged
@@ -199,14 +198,8 @@ def report(world, tested):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, PARTS, vae=2500, model=7000, decoder=1200, judge=2000)
     parser.add_argument("--photos", type=Path, required=True, help="folder with train/<class>/ and test/<class>/")
-    parser.add_argument("--vae-steps", type=int, default=2500)
-    parser.add_argument("--model-steps", type=int, default=7000)
-    parser.add_argument("--decoder-steps", type=int, default=1200)
-    parser.add_argument("--judge-steps", type=int, default=2000)
-    parser.add_argument("--only", choices=PARTS, action="append",
-                        help="make only this part, from the files of the others; may be repeated")
     options = parser.parse_args()
     parts = options.only or PARTS
     torch.manual_seed(0)

@@ -5,14 +5,16 @@
 >>> [CLASSES[i] for i in world.classes(world.decode(latents))]            # doctest: +SKIP
 ['truck', 'automobile', ...]
 """
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import tiny_digits.world
 from tiny_digits.networks import TAESD, MMDiT, conv
-from tiny_digits.world import LABELS, World, reference_bank
+from tiny_digits.world import World, reference_bank
 
 from .data import CLASSES
 
@@ -56,14 +58,7 @@ PROMPTS = {name: i for i, name in enumerate([*CLASSES, *map(" or ".join, PAIRS)]
 GROUPS = torch.tensor([next(PROMPTS[" or ".join(pair)] for pair in PAIRS if name in pair) for name in CLASSES])
 REFERENCE = ROOT / "models/negation_banks/tiny_photos_reference.safetensors"
 LATENT = (16, 8, 8)
-
-
-def prompt(name, batch=1):
-    """One-hot prompt (batch, 16); None or "" is the empty prompt, all zeros."""
-    label = torch.zeros(batch, LABELS)
-    if name:
-        label[:, PROMPTS[name]] = 1
-    return label
+prompt = partial(tiny_digits.world.prompt, prompts=PROMPTS)
 
 
 class TinyPhotos(World):
