@@ -1,4 +1,4 @@
-"""From the bytes of a file to pixels: which formats are opened at all, within which limits, and how a picture is to be seen."""
+"""From the bytes of a file to pixels: which formats are opened, up to which size, and how a viewer would show the picture."""
 import io
 import math
 import os
@@ -31,19 +31,19 @@ def _with_heif() -> None:
 
 
 def never_read(name: str) -> bool:
-    """Whether a name says that a file is of a format which is not read."""
+    """Whether the suffix of a name is that of a format which is never read."""
     suffix = os.path.splitext(name)[1].lower()
     return suffix in OTHERS and suffix not in EXTENSIONS
 
 
 def not_read(name: str) -> str:
-    """Why a file of this name is no picture that is read, for people."""
+    """Why a file of this name cannot be read as a picture, for a message."""
     kind = OTHERS.get(os.path.splitext(name)[1].lower())
     return "not a picture that can be read" if kind is None else f"{kind}: save it as PNG or JPEG"
 
 
 def opened(data: bytes) -> Image.Image:
-    """A picture of which nothing is decoded yet.
+    """The picture, opened but not decoded.
 
     Raises:
         ValueError: more than PIXELS, or what Pillow raises for files it cannot read.
@@ -57,7 +57,7 @@ def opened(data: bytes) -> Image.Image:
 
 
 def bare(data: bytes) -> bytes:
-    """A PNG without its texts and colour profile, of which Pillow refuses those of more than 1 MB; other data as they are."""
+    """A PNG without its text chunks and colour profile, which Pillow refuses beyond 1 MB; other data unchanged."""
     if not data.startswith(PNG):
         return data
     kept, place = [PNG], len(PNG)
@@ -69,7 +69,7 @@ def bare(data: bytes) -> bytes:
 
 
 def loaded(data: bytes, quick: bool = False) -> Image.Image:
-    """The first frame, its pixels decoded: what decides whether a picture can be read, when a set is loaded and when it is encoded.
+    """The first frame, decoded. If this succeeds, the picture counts as readable, when a set is loaded and when it is encoded.
 
     Args:
         quick: decode a JPEG at an eighth of its size, which finds truncation at a fraction of the cost.
@@ -94,14 +94,14 @@ def loaded(data: bytes, quick: bool = False) -> Image.Image:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """As its EXIF says it is to be held; as it is, where that is damaged: the picture is not."""
+    """The picture rotated as its EXIF data say; unchanged where these are damaged, since the pixels need not be."""
     with suppress(Exception):  # Pillow raises nearly anything for damaged EXIF
         return ImageOps.exif_transpose(picture)
     return picture
 
 
 def _scale(picture: Image.Image, highest: float) -> float:
-    """What is white in a grey picture of 16 bit or more; nothing says it of TIFF with floating point or 32-bit numbers but the numbers."""
+    """The value of white in a grey picture of 16 bit or more; of TIFF with floats or 32-bit integers guessed from the largest value."""
     if picture.mode == "F":
         return next(white for most, white in ((16, 1.0), (255, 255.0), (65535, 65535.0), (math.inf, highest)) if not highest > most)
     if picture.mode == "I" and picture.format == "TIFF":

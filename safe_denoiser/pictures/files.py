@@ -20,7 +20,7 @@ LONGEST = 200  # characters of a name that are shown
 
 
 def printable(name: str) -> str:
-    """A name as it may be shown: strangers' file names hold line breaks, signs that turn the text around, and thousands of letters."""
+    """A name that is safe to show: file names from strangers may hold line breaks, signs that reverse the text, thousands of letters."""
     shown = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in name[:LONGEST])
     return shown if len(name) <= LONGEST else shown + "\N{HORIZONTAL ELLIPSIS}"
 
@@ -65,7 +65,7 @@ def archive(path: Path, state: tuple[int, ...]) -> zipfile.ZipFile:
 
 
 def state_of(path: Path, status: os.stat_result | None = None) -> tuple[int, ...]:
-    """What changes when a file does: size and times, of which programs can set one but not the other; `status` where it is known."""
+    """Size, time of modification and time of change of a file: programs can set back the first time, but not the second."""
     status = status or path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
@@ -84,7 +84,7 @@ class File:
 
     @property
     def changed(self) -> bool:
-        """Whether the file is not what it was any more; one that is gone is not."""
+        """Whether the file differs from when it was examined, or is gone."""
         try:
             return state_of(self.path) != self.state
         except OSError:
@@ -107,7 +107,7 @@ class File:
         return data
 
     def read(self) -> tuple[torch.Tensor, str]:
-        """The picture, see `decode`, and the hash of what it was made of: of the file as it is now.
+        """The picture, see `decode`, and the hash of its bytes, both of the file as it is now.
 
         Raises:
             ValueError: it can no longer be read.
@@ -137,7 +137,7 @@ def blur(pixels: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=100_000)
 def examine(file: File) -> tuple[str, str]:
-    """(sha256 of the picture, "") for a readable one, ("", reason) for any other; of each state of a file once."""
+    """(sha256 of the picture, "") for a readable one, ("", reason) for any other; computed once for each state of a file."""
     try:
         data = file.content()
         if not data:

@@ -1,4 +1,4 @@
-"""Where the pictures of a set are: which files of a folder or a zip file may be opened at all."""
+"""Which files of a folder or a zip file may be opened as pictures, and which of these can be read."""
 import re
 import stat
 import zipfile
@@ -16,13 +16,13 @@ def natural(name: str) -> list:
 
 
 def is_beside(name: str) -> bool:
-    """Whether a file is none that anybody takes for a picture of the set: hidden, or a text beside the pictures."""
+    """Whether a file is obviously no picture of the set: hidden, or one of the texts that people keep beside pictures."""
     suffix = PurePosixPath(name).suffix.lower()
     return name.startswith("._") or name.startswith(".") and suffix not in EXTENSIONS or suffix in SIDE
 
 
 def in_folder(path: Path, folder: Path) -> tuple[File | str, int]:
-    """The picture and its bytes, or a reason why there is none."""
+    """A file of a folder and its size in bytes; or why it is not opened, and 0."""
     try:
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             return "link to a file outside the folder", 0
@@ -41,7 +41,7 @@ def in_folder(path: Path, folder: Path) -> tuple[File | str, int]:
 
 
 def in_zip(path: Path, member: zipfile.ZipInfo, state: tuple[int, ...]) -> tuple[File | str, int]:
-    """The same of a picture in a zip file."""
+    """The same for a member of a zip file."""
     if PurePosixPath(member.filename.replace("\\", "/")).is_absolute() or ".." in re.split(r"[/\\]", member.filename):
         return "leads out of the zip file", 0
     if member.filename.lower().endswith(".zip"):

@@ -90,7 +90,7 @@ class NegationSet:
 
     @classmethod
     def _of(cls, what: str, *candidates) -> "NegationSet":
-        """Those that are readable; where none is, what to do about it."""
+        """A set of those that are readable; where none is, an error that says what to do."""
         kept, skipped = readable(*candidates)
         if not kept:
             unread = "".join(f"\n  {name}: {reason}" for name, reason in skipped[:10])
@@ -139,7 +139,7 @@ class NegationSet:
         return isinstance(self.readers[i], File) and self.readers[i].changed
 
     def read(self, i: int) -> tuple[torch.Tensor, str]:
-        """Picture i as it is now, and its content hash, which is another than that in the list where the file was replaced.
+        """Picture i as it is now, and its content hash, which differs from `fingerprints[i]` if the file was replaced.
 
         Raises:
             ValueError: it cannot be read any more; the name says which.
@@ -155,7 +155,7 @@ class NegationSet:
 
     @property
     def fingerprint(self) -> str:
-        """One hash for the whole set: changes when a picture is added, removed, changed or weighed otherwise."""
+        """One hash for the whole set: changes when a picture is added, removed, changed or given another weight."""
         return hashlib.sha256(("".join(self.fingerprints) + repr(self.weights or "")).encode()).hexdigest()
 
     def take(self, rows: Sequence[int]) -> "NegationSet":

@@ -1,4 +1,4 @@
-"""Files that a page sends into a set: checked as what strangers send, and nothing that is there is ever overwritten."""
+"""Files that the page sends into a set: checked as anything from a stranger is, and never written over what is there."""
 import io
 import os
 import re
@@ -19,7 +19,7 @@ LONGEST = 150  # bytes of a name without its suffix, so that there is room for a
 
 
 def safe_name(name: str) -> str:
-    """The name as it may stand in a folder of any system: one part, which leads nowhere, and no signs that cannot be seen.
+    """The name made safe for a folder of any operating system: a single part that leads nowhere, without invisible signs.
 
     >>> safe_name("../secret/a.png"), safe_name("CON.png"), safe_name("七.png")
     ('_secret_a.png', '_CON.png', '七.png')
@@ -53,7 +53,7 @@ def require_picture(name: str, data: bytes) -> None:
 
 
 def require_zip(data: bytes) -> None:
-    """The same of a zip file: one picture at least that may be opened; nothing is unpacked."""
+    """Raise a ValueError that says why this is no zip file with at least one picture that may be opened; nothing is unpacked."""
     if len(data) > LARGEST:
         raise ValueError(f"larger than {LARGEST >> 20} MB; unpack it and add the pictures")
     try:
@@ -67,7 +67,7 @@ def require_zip(data: bytes) -> None:
 
 
 def keep(folder: Path, name: str, data: bytes) -> str:
-    """Write a file under this name, or with a number where another has it; its name, or "" where the very same is there already.
+    """Write a file under this name, with a number added if it is taken. Returns the name, or "" if the very same file is there already.
 
     Raises:
         ValueError: the folder is full. OSError: of the disk; nothing of the file is left then.
