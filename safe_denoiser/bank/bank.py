@@ -1,4 +1,4 @@
-"""Bank: the latents of a negation set, with names and metadata; its views, and banks made of banks."""
+"""Bank: the latents of a set of pictures, with names, weights and metadata; and banks derived from one or several."""
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ class Clusters:
     labels: torch.Tensor
 
     def check(self, shape: torch.Size) -> None:
-        """Raise where they are not those of latents of this shape."""
+        """Raise where they do not fit latents of this shape."""
         k, whole = len(self.centres) if self.centres.ndim else 0, self.labels.dtype == torch.int64
         if not k or self.centres.shape[1:] != shape[1:] or self.labels.shape != shape[:1] or not whole \
                 or not bool(self.centres.isfinite().all()) or not bool(((self.labels >= 0) & (self.labels < k)).all()):
@@ -45,7 +45,7 @@ class Bank:
         names: one per latent, or none.
         metadata: strings that travel with the file.
         weights: (N,) relative weight pi_n of each item, or None for equal weights.
-        clusters: by which a large bank is searched, or None.
+        clusters: an index by which a large bank is searched, or None.
 
     Raises:
         ValueError: no latent, a wrong shape, a value that is not finite, names, weights or clusters that do not go with the latents.
@@ -97,7 +97,7 @@ class Bank:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of what the bank holds: of each item its length, its place along one random direction, and its weight."""
+        """Hash of the contents: each item's norm, its projection on one random direction, and its weight."""
         direction = _direction(self.latents.shape[1:].numel()).to(self.latents.device)
         count = max(1, BLOCK // direction.numel())
         along = [self.latents[i:i + count].flatten(1).to(direction.dtype) @ direction for i in range(0, len(self), count)]
@@ -105,8 +105,8 @@ class Bank:
         return hashlib.sha256(repr(tuple(self.latents.shape)).encode() + told.cpu().numpy().tobytes()).hexdigest()
 
     def recall(self, what: str, compute: Callable[[], float | list]) -> float | list:
-        """What `compute` returns for this bank, computed once for all banks that hold the same; in this process only, since numbers that
-        steer are not taken from a file that anybody may have written.
+        """The result of `compute()`, kept under the name `what` for all banks with the same contents; in this process only, since numbers
+        that steer are not taken from a file that anybody may have written.
         """
         key = what, self.fingerprint
         _recalled[key] = _recalled.pop(key) if key in _recalled else compute()  # the latest comes last
@@ -124,7 +124,7 @@ class Bank:
         return replace(self, latents=self.latents[:].to(device, dtype)).settled()
 
     def settled(self) -> "Bank":
-        """The same bank with all that belongs to its latents on their device."""
+        """The same bank with weights and clusters on the device of its latents."""
         device = self.latents.device
         if (self.weights is None or self.weights.device == device) and (self.clusters is None or self.clusters.centres.device == device):
             return self

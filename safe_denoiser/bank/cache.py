@@ -50,11 +50,11 @@ class LatentCache:
         return tensors
 
     def put(self, path: Path, latent: torch.Tensor) -> None:
-        """Store a latent; where that cannot be done, go on without, and say so once."""
+        """Store a latent; where that fails, go on without it, and log it once."""
         self.keep(path, {"latent": latent})
 
     def keep(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        """The same of tensors by name."""
+        """Store tensors by name, as `put` stores a latent."""
         try:
             write(path, tensors)
         except (OSError, SafetensorError) as error:  # a full disk, a folder that is gone or may not be written
@@ -65,6 +65,7 @@ class LatentCache:
                                 error)
 
     def trim(self) -> None:
+        """Remove what was used least recently, until the folder is within `limit`."""
         with suppress(OSError):
             trim(self.folder, self.limit)
 

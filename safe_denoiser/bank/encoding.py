@@ -1,4 +1,4 @@
-"""From pictures to a bank: each is brought to one size and encoded once."""
+"""From pictures to a bank: each picture is resized, and encoded to a latent once."""
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -80,7 +80,7 @@ def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torc
 
     Raises:
         ValueError: the set holds latents of a saved bank whose shape differs from those that are encoded; a picture that cannot be read
-            any more, or of which `encode` makes no numbers: the name says which.
+            any more, or for which `encode` gives NaN or infinity: the message names it.
     """
     latents, count = [], len(negation_set)
     stored = negation_set.latents or (None,) * count

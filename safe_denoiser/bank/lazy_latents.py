@@ -1,4 +1,4 @@
-"""Latents that stay in their file, and what every reader of latents asks of them, wherever they are."""
+"""Latents that stay in their file until they are indexed, and the norms of latents wherever they are."""
 import json
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ class LazyLatents:
 
     Args:
         path: a file that `save_bank` wrote.
-        maps: functions (n, C, *spatial) -> (n, ...) that each read goes through, item by item, in order.
+        maps: functions (n, C, *spatial) -> (n, ...), item by item, applied in order to whatever is read.
 
     >>> LazyLatents(path)[:2].shape                                                           # doctest: +SKIP
     torch.Size([2, 4, 64, 64])
