@@ -66,7 +66,7 @@ class Clip:
         """Embeddings (M, E), fp32, on the CPU.
 
         Raises:
-            ValueError: they are no numbers.
+            ValueError: they are not finite.
         """
         found = F.normalize(self.model.encode_text(self.tokenize(list(texts)).to(self.ready())).float(), dim=1).cpu()
         if not bool(found.isfinite().all()):
@@ -83,7 +83,8 @@ class Clip:
             progress: called as progress(done, total) after each batch; may raise to interrupt.
 
         Raises:
-            ValueError: an item of a saved bank, which holds no picture; a picture that cannot be read any more, or means no number.
+            ValueError: an item of a saved bank, which holds no picture; a picture that cannot be read any more, or whose
+                embedding is not finite.
         """
         found: list[Tensor | None] = [None] * len(negation_set)
         if self.cache:

@@ -1,4 +1,4 @@
-"""What may be in the folder or file of a CLIP that comes from anybody: numbers and names. Nothing of it is run, and it fetches nothing."""
+"""Checks of a CLIP's files, which may come from anybody: they may hold numbers and names, and nothing that is run or fetches more."""
 import json
 import re
 import zipfile
@@ -29,7 +29,7 @@ MOST, SMALL = 1_000_000, 2**20  # of any number in a configuration, and of the b
 
 
 def read_config(folder: Path) -> dict:
-    """The model's part of a folder's configuration, when all of it is allowed.
+    """The model's part of a folder's configuration, after a check that all of it is allowed.
 
     Raises:
         ValueError: it is no configuration, or says more than numbers and names.
@@ -77,7 +77,7 @@ def check_text(config: dict, name: str, whole: bool) -> None:
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights that open_clip finds in a folder of which nothing brings code along.
+    """The file of weights that open_clip finds in a folder, after a check that no file there brings code along.
 
     Raises:
         ValueError: there are none, or a tokenizer that is a program.

@@ -1,4 +1,4 @@
-"""What a set shows, in phrases that others do not fit as well: the text of an unwanted condition."""
+"""Phrases that fit a set of pictures better than other pictures: the text of an unwanted condition."""
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ class Description:
     Args:
         phrases: (K,) that were held against each other.
         scores, shares: of each phrase, (K,) and (1 or 2, K), see `describe`.
-        words: what became of each phrase.
+        words: why each phrase was chosen or not.
         chosen: the phrases that describe the set, best first.
         best, fits: which phrase fits each picture of the set best, and its probability, (N,).
-        verdict: on what this rests, and why no phrase was chosen where none was.
+        verdict: how many pictures this rests on, and why no phrase was chosen where none was.
     """
 
     phrases: tuple[str, ...]
@@ -83,7 +83,7 @@ def describe(clip: Clip, embeddings: Tensor, phrases: str, contrast: Tensor | No
 
 
 def different(phrases: str) -> tuple[str, ...]:
-    """The lines; of equal ones, whatever their case, the first.
+    """The phrases, one per line; of those that differ at most in case, the first.
 
     Raises:
         ValueError: fewer than two.
@@ -136,7 +136,7 @@ def _by_chance(hits: Sequence[int], sizes: Sequence[int], phrases: int) -> float
 
 
 def _verdict(chosen: int, sizes: Sequence[int], phrases: int) -> str:
-    """On what a description rests, and its outcome."""
+    """How many pictures a description rests on, and its outcome."""
     alone = len(sizes) == 1
     given = f"{sizes[0]} pictures, {'no contrast' if alone else f'{sizes[1]} of contrast'}: "
     if _by_chance([sizes[0], 0][:len(sizes)], sizes, phrases) > CHANCE / phrases:

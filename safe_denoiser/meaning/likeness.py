@@ -19,8 +19,8 @@ def likeness(embeddings: Tensor, unsafe: Tensor, retain: Tensor | None = None) -
 
 
 def exceeded_by(found: Tensor, rate: float) -> float:
-    """What the next of such numbers (n,) exceeds with a probability of at most `rate`: the ceil((n + 1)(1 - rate))-th smallest; the
-    largest, where that is more than n.
+    """The threshold that another number like `found` (n,) exceeds with a probability of at most `rate`: of `found` the
+    ceil((n + 1)(1 - rate))-th smallest, or the largest where that is more than n.
 
     Source: conformal prediction, Vovk et al., Algorithmic Learning in a Random World (2005): for any distribution, from n >= 1/rate - 1.
     """

@@ -1,4 +1,4 @@
-"""Checking what came out: pictures that are too like a negation set are blocked, and replaced by others."""
+"""A check of finished pictures: those that are too like a negation set are blocked, and may be replaced by others."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from .likeness import likeness
 
 @dataclass(frozen=True, eq=False)
 class Checked:
-    """Pictures that were held against a negation set.
+    """Pictures that were compared with a negation set.
 
     Args:
         pictures: (B, H, W, 3) in [0, 1].
@@ -27,7 +27,7 @@ class Checked:
     lines: tuple[str, ...]
 
     def filled(self, again: "Checked") -> "Checked":
-        """The same with the blocked pictures replaced, in order, by those of `again`, which may be blocked in turn.
+        """The same with the blocked pictures replaced, in order, by those of `again`, of which some may be blocked, too.
 
         Raises:
             ValueError: not as many new pictures as there are blocked ones, or of another size.
@@ -52,7 +52,7 @@ class Checked:
 
 def check(clip: Clip, pictures: Tensor, unsafe: Tensor, names: Sequence[str], threshold: float, black: bool = False,
           retain: Tensor | None = None) -> Checked:
-    """Block each picture whose `likeness` to the negation set exceeds `threshold`, or of which that cannot be said.
+    """Block each picture whose `likeness` to the negation set exceeds `threshold`, or cannot be computed.
 
     Args:
         pictures: (B, H, W, 3) in [0, 1].

@@ -1,4 +1,4 @@
-"""SemanticPosterior: P(unsafe) by what the decoded prediction means."""
+"""SemanticPosterior: how likely a prediction is unsafe, by what CLIP sees in the decoded picture. Experimental."""
 import math
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from .clip import Clip
 
 
 class SemanticPosterior:
-    """What the meaning of the decoded prediction says about it; for `SafeDenoiser(semantic=...)`. Experimental.
+    """log p_u - log p_retain of a prediction, by the embedding of the decoded picture; for `SafeDenoiser(semantic=...)`.
 
         log p_u(e) - log p_retain(e),   log p(e) = logsumexp_n(concentration <e, y_n>) - log N
 
@@ -19,8 +19,8 @@ class SemanticPosterior:
         clip: the model.
         decode: denoised latents (B, C, *spatial) -> pictures (B, H, W, 3) in [0, 1].
         unsafe, retain: embeddings of the pictures of both sets, (N, E).
-        concentration: of the kernels; higher listens to the nearest pictures only.
-        every: asked anew at each such call of a run.
+        concentration: of the kernels; the higher, the fewer of the nearest pictures count.
+        every: the picture is decoded and embedded at one in so many calls of a run.
     """
 
     def __init__(self, clip: Clip, decode: Callable[[Tensor], Tensor], unsafe: Tensor, retain: Tensor, concentration: float = 20.0,

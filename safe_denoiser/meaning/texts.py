@@ -24,5 +24,5 @@ def text_scores(clip: Clip, embeddings: Tensor, text: str, against: str = "") ->
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines that say something."""
+    """The lines of a text that are not blank."""
     return [line.strip() for line in text.splitlines() if line.strip()]

@@ -11,7 +11,7 @@ from ..meaning.texts import lines_of
 
 @dataclass(frozen=True)
 class Alarm:
-    """What scores say of a prompt beside what they say of harmless ones.
+    """Scores of a prompt, compared with those of harmless prompts.
 
     Several scores of a prompt (one for each concept, in the space of each encoder) count in standard deviations of the harmless prompts',
     and of these the largest, so that one threshold keeps the false alarms of all together. Ours.
