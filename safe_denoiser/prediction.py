@@ -1,4 +1,4 @@
-"""What a method hears of one model call, what it answers, and what the report keeps of it."""
+"""One model call: the Prediction that a rule is given, the Correction that it answers, and the Step that the report keeps."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ class Prediction:
     item: tuple[int, ...] = ()
 
     def cut(self, part: Callable[[Tensor], Tensor], rows: Tensor | slice = slice(None), item: tuple = ()) -> "Prediction":
-        """The same of a part of each latent (B, D), of shape `item`, and of some rows."""
+        """The same for a part of each latent (B, D), of shape `item`, and for some rows only."""
         names = ("x", "denoised", "unconditional", "conditional", "unwanted", "neutral")
         parts = {name: None if (y := getattr(self, name)) is None else part(y[rows]) for name in names}
         return replace(self, **parts, sigma=self.sigma[rows], alpha=self.alpha[rows], item=item)
@@ -41,7 +41,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Correction:
-    """A method's answer: `direction` to add to denoised (B, D), and what the report wants to know of it, (B,) each.
+    """A rule's answer: `direction` to add to denoised (B, D), and numbers for the report, (B,) each.
 
     Args:
         nearest: index of the bank item that weighs most, -1 where no bank was asked.

@@ -1,4 +1,4 @@
-"""Calibration: what a bank says about itself, so that nothing is left to tune."""
+"""Calibration: scales that are measured on a bank's own items, so that nobody has to tune them."""
 import math
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ DRAWS = 128
 
 @dataclass(frozen=True)
 class Calibration:
-    """Curves over log sigma/alpha of the bank's own items, noised and looked at leave-one-out (an item does not vouch for itself).
+    """Curves over log sigma/alpha of the bank's own items, noised and evaluated leave-one-out (an item does not count for itself).
 
     Args:
         grid: log sigma/alpha, (G,), evenly spaced.

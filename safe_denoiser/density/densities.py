@@ -1,4 +1,4 @@
-"""A bank as a kernel density, and others beside it at the same width and temperature."""
+"""A bank as a kernel density, and other banks at the same bandwidth and temperature."""
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,12 +16,12 @@ PERPLEXITY = 0.2  # share of the bank that the automatic temperature lets weigh,
 
 @dataclass(frozen=True, eq=False)
 class Densities:
-    """The bandwidth and temperature of a bank, and what kernels of these say at a noisy latent.
+    """The bandwidth and temperature of a bank, and posteriors with such kernels at a noisy latent.
 
     Args:
         bank: on which they are calibrated.
         given_bandwidth: h; None is 0.4 standard deviations of the bank.
-        given_temperature: T; None is where a fixed share of the bank weighs in.
+        given_temperature: T; None is calibrated, so that a fixed share of the bank carries the weight.
         root: square root of the mask by which the banks were multiplied.
     """
 

@@ -17,8 +17,8 @@ class Gaussian:
 
     Args:
         mean: (D,). axes: V^T, orthonormal rows (K, D), K < N. variances: along the axes beyond `rest`, (K,). rest: along all others.
-        count: of the pictures that told it; with weights, of as many equal ones as tell as much.
-        size: of the D numbers those that vary at all: inside a mask, those of the mask.
+        count: the effective number of pictures, 1 / sum w_n^2.
+        size: how many of the D numbers vary at all; inside a mask, those of the mask.
     """
 
     mean: Tensor
@@ -30,7 +30,7 @@ class Gaussian:
 
     @property
     def chance(self) -> Tensor:
-        """Expected <mean - m, whitened(mean - m)> = rest tr(Sigma^-1 Sigma) / count for the true mean m: what few pictures get wrong."""
+        """Expected <mean - m, whitened(mean - m)> = rest tr(Sigma^-1 Sigma) / count for the true mean m: the error of few pictures."""
         return self.rest * self.size / self.count
 
     @property
@@ -43,7 +43,7 @@ class Gaussian:
         return others * v + ((along - others) * (v @ self.axes.T)) @ self.axes
 
     def whitened(self, v: Tensor) -> Tensor:
-        """Sigma^-1 v, times `rest`, for v (B, D): what all pictures differ in counts less, what few differ in counts."""
+        """rest Sigma^-1 v, for v (B, D): the more pictures vary along a direction, the less it counts."""
         one = torch.ones_like(self.rest)
         return self._filtered(v, self.rest / (self.variances + self.rest), one)
 
@@ -59,7 +59,7 @@ class Gaussian:
         return self.mean + self._filtered(x - scale * self.mean, *gains)
 
     def log_density(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        """log N(x; alpha mean, alpha^2 Sigma + sigma^2 I) up to what all Gaussians of this size share at this noise level, (B,)."""
+        """log N(x; alpha mean, alpha^2 Sigma + sigma^2 I) up to a constant that is the same for all Gaussians of this size, (B,)."""
         noise, scale = sigma.square()[:, None], alpha[:, None]
         z = x - scale * self.mean
         along, all_along = z @ self.axes.T, scale.square() * (self.variances + self.rest) + noise  # (B, K)

@@ -149,8 +149,8 @@ class Picked:
 def candidates(mixture: _Mixture, search: Clusters, squared_norms: Tensor, omit: float) -> tuple[Tensor, Tensor]:
     """Numbers of the items whose clusters can weigh, (M,), and logits of all items with their centre in place of them in x.y, (B, N).
 
-    An item's true x.y differs from its centre's by x.(y - c). Where y - c has no liking for the direction of x that is
-    |x| |y - c| / sqrt(D) or so; a cluster is left out where even CAUTION times as much would leave it without weight.
+    An item's true x.y differs from its centre's by x.(y - c). Where y - c does not favour the direction of x, that is
+    about |x| |y - c| / sqrt(D); a cluster is left out where even CAUTION times as much would leave it without weight.
     """
     x, centres, labels = mixture.x, search.centres.flatten(1).to(mixture.x), search.labels.to(mixture.x.device)
     guess = torch.addcmul(mixture.logits, mixture.slope, (x @ centres.T)[:, labels])

@@ -1,4 +1,4 @@
-"""Whether distances between latents tell what a bank shows: then kernels may steer by it. They do for drawings, not for photographs."""
+"""Whether distances between latents reflect what a bank shows, so that kernels may steer by it: for drawings yes, not for photographs."""
 import math
 
 import torch
@@ -28,8 +28,8 @@ def between_neighbours(latents: Tensor) -> float:
 
 
 def tells_apart(bank: Bank, other: Bank) -> bool:
-    """Whether distances tell the bank from the other; or that one, what the model makes, holds copies of the bank's pictures (memorised
-    ones): these are near whatever they show. Too few pictures, or no pictures, are trusted, since that cannot be judged.
+    """Whether distances separate the bank from the other bank; or the other, the model's own samples, holds copies of the bank's pictures
+    (memorised ones), which are near whatever they show. Where there are too few pictures to judge, or none, the answer is yes.
     """
     if min(len(bank), len(other)) < ENOUGH or bank.latents.ndim < 3:
         return True
@@ -45,10 +45,10 @@ def copies(bank: Bank, other: Bank) -> float:
 
 
 def require_unlike(bank: Bank | None, others: dict[str, Bank | None]) -> None:
-    """Raise where a wire leads to the wrong input, as far as the banks themselves say.
+    """Raise where the banks themselves show that a wire leads to the wrong input.
 
     Raises:
-        ValueError: what a model made by itself as what must not come out; or the same pictures as that and as another bank.
+        ValueError: the negation bank holds a model's own samples, or the same pictures as another of the banks.
     """
     if bank is None:
         return
@@ -64,9 +64,9 @@ def require_unlike(bank: Bank | None, others: dict[str, Bank | None]) -> None:
 
 
 def looks_exchanged(bank: Bank, reference: Bank, predicted: Tensor) -> Tensor:
-    """Whether a model's own prediction from pure noise under an empty prompt, shaped (B, *shape), which is the mean of what it makes, is
-    nearer to the mean of the bank than to that of its reference; a bool on the device. The mean of N pictures is off by their variance
-    over N, which is taken off.
+    """Whether the two banks look exchanged: a prediction from pure noise under an empty prompt, `predicted` (B, *shape), is the mean of all
+    that the model makes, and lies nearer to the mean of the bank than to that of the reference bank. A bool on the device. The error of a
+    mean of N pictures, their variance over N, is subtracted.
     """
     def squared(one: Bank) -> Tensor:
         y = one.sample(SAMPLE).latents[:].to(predicted.device, torch.float32)

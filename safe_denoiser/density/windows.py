@@ -1,4 +1,4 @@
-"""Parts: where the unwanted thing is a part of the picture, wherever it stands, windows are compared instead of whole pictures.
+"""Windows: where the unwanted thing fills only a part of a picture, anywhere in it, windows are compared instead of whole pictures.
 
     bank (N, C, H, W) --windows--> crops (N, P, ...) --locate--> of each picture the crop that shows the unwanted thing (N, C, h, w)
 """
@@ -75,7 +75,7 @@ def _width(crops: Tensor) -> float:
 
 
 class _Scores:
-    """s_nw of crops (B, P, d): how much rather a crop is of the bank's unwanted thing than of the other bank, at the same place."""
+    """s_nw of crops (B, P, d): log odds that a crop shows the bank's unwanted thing, and not what the other bank shows at that place."""
 
     def __init__(self, crops: Tensor, known: Tensor):
         self.known, self.flat, self.count = known, crops.flatten(0, 1), crops.shape[1]  # (M, P, d), (N P, d), P
