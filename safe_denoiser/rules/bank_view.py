@@ -15,7 +15,7 @@ from .settings import TUNED_PARTS, Settings
 
 
 def precision(view: "BankView") -> torch.dtype | None:
-    """In which all is computed, whatever x is in: that of the banks, in single precision or better; None where there is no bank."""
+    """The dtype of all that is computed, whatever that of x: the banks', but single precision at least; None where there is no bank."""
     formats = {one.latents.dtype for one in (view.bank, view.retain, view.reference) if one is not None}
     return (torch.float64 if torch.float64 in formats else torch.float32) if formats else None
 
@@ -29,9 +29,9 @@ class BankView:
         settings: of the rule.
         semantic: see `SafeDenoiser`; None inside a mask and in windows.
         root: square root of the mask (D,) by which banks and predictions are multiplied; None where all is compared.
-        whole: of what this is a masked view.
+        whole: the view of which this is the masked one.
         trusted: whether distances see what the bank shows; None finds out, see `sees`.
-        own: what only a rule of one's own knows.
+        own: settings that only one rule knows, such as `sld.Sld`.
 
     Raises:
         ValueError: banks of different shapes, or none of a kind that the settings ask for.
@@ -95,21 +95,19 @@ class BankView:
 
     @cached_property
     def neighbour_distance(self) -> float:
-        """Median distance of a bank item to its nearest neighbour; of the only item to 0."""
+        """Median distance of a bank item to its nearest neighbour; for a bank of one item, its norm."""
         if len(self.latents) == 1:
             return float(self.latents.norm())
         return self.bank.recall("neighbour distance", lambda: between_neighbours(self.latents))
 
     @property
     def radius(self) -> float:
-        """Of a shield around each item of the bank: as given, else that distance."""
+        """Radius of the shield around each item of the bank: as given, else `neighbour_distance`."""
         return self.neighbour_distance if self.settings.radius is None else self.settings.radius
 
     @cached_property
     def sees(self) -> bool:
-        """Whether distances tell the bank from the other bank, as they must for its kernel means to point anywhere; or that bank, what
-        the model makes, holds copies of the bank's pictures (memorised ones): these are near whatever they show.
-        """
+        """Whether distances separate the bank from the other bank, see `separability.tells_apart`: else its kernel means point nowhere."""
         if self.trusted is not None:
             return self.trusted
         if self.whole is not None:

@@ -1,4 +1,4 @@
-"""Methods of others, which know no posterior, as rules: each has its own settings and answers a prediction."""
+"""Baselines: published methods that know no posterior, as rules, to compare with."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from .settings import Settings
 
 @dataclass(frozen=True, eq=False)
 class Baseline(Rule):
-    """A rule that looks at every item of a bank, flat latents (N, D), and cannot be compared with another bank's.
+    """A rule that reads every item of one bank, flat latents (N, D), and knows no other bank.
 
     Args:
         width: of a shield or a kernel around each item.
@@ -34,7 +34,7 @@ class Baseline(Rule):
         return Correction(direction, gate, factor.argmax(1), torch.zeros_like(gate, dtype=torch.bool), torch.zeros_like(gate))
 
     def answer(self, p: Prediction) -> tuple[Tensor, Tensor, Tensor]:
-        """A direction (B, D), how much each item of the bank counts (B, N), and how far all do (B,)."""
+        """A direction (B, D), the weight of each item of the bank (B, N), and the strength of all together (B,)."""
         raise NotImplementedError
 
 

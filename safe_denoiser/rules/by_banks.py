@@ -1,4 +1,4 @@
-"""P(unsafe | x) and E_u by what banks say of x: the weights evidence, reference, retain, unconditional, and the ratio that a beta takes."""
+"""r and E_u from the densities of banks at x: the weights evidence, reference, retain, unconditional, and the ratio of `ratio_beta`."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class ByBanks(Rule):
         weight: "evidence", "reference", "retain", "unconditional" or "ratio_beta".
         reference, retain: the banks beside it.
         prior, evidence, posterior_max, semantic: see `SafeDenoiser`.
-        lets_go: tells whether a prompt that these banks say is direct may lose its guidance; asked only where there is one.
+        lets_go: whether a prompt that asks for the unsafe thing, by these banks, may lose its guidance; asked only where there is guidance.
     """
 
     densities: Densities

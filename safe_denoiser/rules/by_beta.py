@@ -22,7 +22,7 @@ class ByBeta(Rule):
         densities: of the negation bank.
         weight: "gate", "constant", "triangle", "tracked" or "ratio_beta".
         prior, posterior_max, beta_max, push: see `SafeDenoiser`.
-        ratio: tells r for "ratio_beta".
+        ratio: computes r for "ratio_beta".
     """
 
     densities: Densities

@@ -1,4 +1,4 @@
-"""What two banks tell of r as one Gaussian each: the cautious rule, for banks that a distance cannot tell apart."""
+"""r and E_u from two banks as one Gaussian each: the cautious rule, for banks that distances do not separate."""
 import math
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ RANGE = -8.0, 3.0  # of what that ratio may add to the log odds
 
 @dataclass(frozen=True, eq=False)
 class ByGaussians(Rule):
-    """The safe denoiser of two banks as Gaussians: the cautious one, for banks that a distance cannot tell apart.
+    """The safe denoiser of two banks as Gaussians: the cautious one, for banks that distances do not separate.
 
         log r = log prior + TRUST (log p_u(x) - log p_other(x)) + evidence (t - 1/2),   r <= posterior_max
         safe_denoised = denoised + min(r / (1 - r), 1) (E_other - E_u)

@@ -1,4 +1,4 @@
-"""Rules made of rules: where a bank counts inside a mask only, by windows, or by frames. None knows which rule it is."""
+"""Any rule, applied inside a mask, window by window, or frame by frame."""
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,7 +25,7 @@ def by_frames(x: Tensor, item: Sequence[int]) -> tuple[Tensor, Callable[[Tensor]
 
 def by_windows(inside: Sequence[tuple[tuple, Rule, dict]], item: Sequence[int], p: Prediction, mask: Tensor | None = None) -> Correction:
     """The correction of each window by itself; where windows overlap, the mean of theirs, weighed by r. With a mask (B, D) r counts by
-    the share of a window that is sampled: what is given shows what it shows.
+    the share of a window that is sampled: what is given stays as it is.
 
     Args:
         inside: each window, as an index into latents (..., *item), the rule that compares what stands there, and what the run remembers

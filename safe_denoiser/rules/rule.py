@@ -1,6 +1,4 @@
-"""Rule: answers a prediction with a correction. A new one is a subclass, and a name in `denoiser.METHODS`; what is around it need not be
-told.
-"""
+"""Rule: answers a prediction with a correction. A new one is a subclass with a name in `denoiser.METHODS`; nothing else has to know it."""
 from ..bank.bank import Bank
 from ..prediction import Correction, Prediction
 from .bank_view import BankView
@@ -13,7 +11,7 @@ class Rule:
     """Answers a prediction; a view of the banks is all that it knows, so that it works inside masks, in windows and on frames of videos.
 
     Args:
-        distances: it measures distances, inside a mask therefore those inside it; else it works element by element.
+        distances: it measures distances, so that a mask changes them; otherwise it works element by element.
         hears: it knows the unwanted condition.
         neutral: it compares that with a neutral prediction, and does less without one.
         guided: it is defined only where there is guidance.
@@ -43,12 +41,12 @@ class Rule:
 
     @staticmethod
     def by_parts(settings: Settings) -> bool:
-        """Whether it may be asked of windows, each beside the other bank's, and what it answers weighed by its `posterior`."""
+        """Whether windows may be corrected one by one, each compared with the other bank's, and averaged by `posterior`."""
         return True
 
     @staticmethod
     def whole(view: BankView, p: Prediction) -> bool:
-        """Whether this prediction is judged as a whole all the same."""
+        """Whether this prediction is corrected as a whole even where there are windows."""
         return False
 
     @staticmethod

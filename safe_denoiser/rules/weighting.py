@@ -1,4 +1,4 @@
-"""Method safe_denoiser: which rule tells r or beta, by the weight that was chosen, or by what there is."""
+"""Method safe_denoiser: which rule computes r or beta, by the chosen weight, or for "auto" by what is connected."""
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
