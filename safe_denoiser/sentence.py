@@ -11,7 +11,7 @@ def _pictures(steered: int, count: int) -> str:
 
 
 def during(step: Step, what: str = "") -> str:
-    """Of one step, while the run is on; reads from the device.
+    """What happens in one step, while the run is on; reads from the device.
 
     Args:
         what: must not come out, in the user's words; may be unknown.
@@ -21,11 +21,11 @@ def during(step: Step, what: str = "") -> str:
 
 
 def afterwards(summary: dict[str, float], correction: np.ndarray, asked: bool, what: str = "", most: str = "") -> str:
-    """Of a run that is over; empty where there are no plain words for it.
+    """What a finished run did; "" where there are no plain words for it.
 
     Args:
         summary: of the Report. correction: its values (calls, batch).
-        asked: whether anything was held against what must not come out.
+        asked: whether any prediction was compared with what must not come out.
         most: name of the picture of the bank that pushed most, if one did.
     """
     if not summary["model_calls"] or summary["fallbacks"]:
@@ -43,7 +43,7 @@ def afterwards(summary: dict[str, float], correction: np.ndarray, asked: bool, w
 
 
 def left(done: int, count: int, seconds: float) -> str:
-    """How far something is that takes a while.
+    """How far a long job is, and how long it will take.
 
     >>> left(12, 100, 250), left(12, 100, 20), left(100, 100, 0)
     ('12 of 100, 4 min left', '12 of 100, 20 s left', '100 of 100')

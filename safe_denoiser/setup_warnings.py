@@ -6,7 +6,7 @@ NO_NEUTRAL = "weak set-up: at cfg 1 connect an empty prompt to neutral"
 
 
 def weaknesses(denoiser: SafeDenoiser, by_words: bool) -> list[str]:
-    """One line each.
+    """What makes a set-up weak, and what to do about it, in one line each.
 
     Args:
         denoiser: the settings, and the banks that are connected.
