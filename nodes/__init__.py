@@ -1,4 +1,4 @@
-"""Thin adapters between ComfyUI and the core: one file per station."""
+"""Thin adapters between ComfyUI and the core, in the same stations."""
 import logging
 
 from comfy_api.latest import ComfyExtension

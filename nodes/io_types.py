@@ -1,4 +1,4 @@
-"""The pack's wire types."""
+"""The types of the pack's wires, and what all its nodes' schemas share."""
 from comfy_api.latest import io
 from comfy_execution.validation import validate_node_input
 

@@ -1,4 +1,4 @@
-"""Which of the libraries that others installed are too old: said in one line at load time. Nothing is ever installed here."""
+"""Libraries, installed by others, that are too old: logged in one line at load time. Nothing is ever installed here."""
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path

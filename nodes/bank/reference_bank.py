@@ -1,4 +1,4 @@
-"""Sample Reference Bank: what the model makes by itself."""
+"""Sample Reference Bank: a bank of what the model makes by itself."""
 import time
 
 import comfy.model_management

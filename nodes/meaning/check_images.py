@@ -1,4 +1,4 @@
-"""Check Images and Fill Blocked Images: what came out all the same does not leave."""
+"""Check Images and Fill Blocked Images: finished pictures that are too like a negation set are blocked, and their places filled."""
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker

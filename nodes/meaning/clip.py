@@ -1,4 +1,4 @@
-"""Load OpenCLIP: a model that knows what pictures and texts mean, and what each node that asks it needs."""
+"""Load OpenCLIP: a model that knows what pictures and texts mean, and the inputs of all nodes that use one."""
 import logging
 import os
 from dataclasses import replace

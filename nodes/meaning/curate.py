@@ -1,4 +1,4 @@
-"""Curate and Split Negation Set: which pictures of a folder are meant."""
+"""Curate and Split Negation Set: which pictures of a folder to use."""
 import torch
 from comfy_api.latest import io
 

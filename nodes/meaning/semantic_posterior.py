@@ -1,4 +1,4 @@
-"""Semantic Posterior: P(unsafe) by what a prediction means."""
+"""Semantic Posterior: how likely a prediction is unsafe, by what CLIP sees in it."""
 from comfy_api.latest import io
 
 from ...safe_denoiser.meaning.semantic_posterior import SemanticPosterior

@@ -1,4 +1,4 @@
-"""Banks in the space of the model that is sampled, loaded beside it by ComfyUI itself, which counts them, makes room and frees them."""
+"""Banks in the latent space of the sampled model, loaded beside it by ComfyUI itself, which counts their memory and frees it."""
 from dataclasses import fields
 from weakref import WeakKeyDictionary
 

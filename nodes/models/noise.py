@@ -1,4 +1,4 @@
-"""What a model calls noise: the forward process of any model class, and models that have none."""
+"""How a model adds noise: the forward process of any model class, and a refusal of models that have none."""
 import torch
 
 from ..bank.negation_bank import require_pictures

@@ -1,4 +1,4 @@
-"""Load Tiny World: the models that the pack ships, which stand in nobody's list of models."""
+"""Load Tiny World: the models that ship with the pack, which are in none of ComfyUI's lists of models."""
 from pathlib import Path
 
 import comfy.sd

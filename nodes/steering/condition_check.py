@@ -1,4 +1,4 @@
-"""Does `unwanted` mean the pictures of the bank beside it? Found a little at a time, after runs, and said in the report and on the node."""
+"""Does `unwanted` mean the pictures of the bank beside it? Found out bit by bit after runs, and said in the report and on the node."""
 import logging
 import time
 from collections import OrderedDict

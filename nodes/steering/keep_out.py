@@ -1,4 +1,4 @@
-"""Keep Out: the one node that an artist needs, a box for words on the way of the model."""
+"""Keep Out: the one node that an artist needs, a box for words between the model and the sampler."""
 from comfy_api.latest import io
 
 from ...safe_denoiser.denoiser import SafeDenoiser
