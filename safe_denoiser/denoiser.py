@@ -28,7 +28,7 @@ RANGES = {"strength": (-1e6, 1e6), "sigma_start": (0, math.inf), "sigma_end": (0
 
 
 def _emptied(memory: dict) -> None:
-    """Drop what it holds, and keep the dicts in it, which windows write into."""
+    """Empty a memory, but keep the dicts in it, into which windows write."""
     for name, value in [*memory.items()]:
         if isinstance(value, dict):
             _emptied(value)
@@ -39,7 +39,7 @@ def _emptied(memory: dict) -> None:
 @dataclass(frozen=True, eq=False)
 class SafeDenoiser:
     """Steers predictions away from a bank, an unwanted condition, or both: `safe_denoised = denoised + strength * correction` inside the
-    sigma window, with the correction of a rule: of "safe_denoiser", see `weighting.ByWeight`, or of a published baseline, see `baselines`.
+    window of the schedule. The correction is that of a rule: `weighting.ByWeight` for "safe_denoiser", or a baseline, see `baselines`.
 
     Where the unwanted thing is a part of the picture, `parts` compares windows: with the crops of the bank that show the thing, see
     `windows.locate`, and with the other bank's at the same place. Where windows overlap, their corrections are averaged, each weighing r.
@@ -57,9 +57,9 @@ class SafeDenoiser:
         parts: windows of 1 / parts of each side instead of whole pictures; 1 is the whole. None is 2 where that tells the bank from the
             reference or retain bank clearly better than whole pictures do, else 1. Inside a mask a window counts by the share of it
             that is sampled.
-        trusted: whether distances see what the bank shows, so that its kernel means may steer. None finds out, see `BankView.sees`; where
+        trusted: whether distances reflect what the bank shows, so that its kernel means may steer. None: see `BankView.sees`; where
             they do not, "auto" takes "gaussian" if there is a reference bank.
-        own: what only this method knows: `sld.Sld`, the numbers of "sld".
+        own: settings that only this method knows: `sld.Sld`, the numbers of "sld".
         memory: what a run remembers from call to call, filled by `safe`: tensors of rows by name, and the same for each window and for
             what is inside masks. Begin each run with an empty one; hand over a run's own to go on with it.
 
@@ -137,7 +137,7 @@ class SafeDenoiser:
         _emptied(self.memory)
 
     def opens(self, sigma: Tensor) -> Tensor:
-        """Which noise levels (B,) lie inside the window, (B,), bool."""
+        """Which noise levels (B,) lie inside the window of the schedule, (B,), bool."""
         return (sigma > self.sigma_end) & (sigma <= self.sigma_start)
 
     def listens(self, sigma: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class SafeDenoiser:
 
         Returns:
             safe_denoised in the shape and dtype of `denoised`, and the Step (None when strength is 0, where `denoised` itself
-            comes back). Rows outside the window, and rows that are not finite, come back bit for bit.
+            comes back). Rows outside the window of the schedule, and rows that are not finite, come back bit for bit.
 
         Raises:
             ValueError: x is of another size than the bank's latents; a weight or push needs an unconditional prediction.

@@ -68,7 +68,7 @@ class Step:
 
     Args:
         sigma: noise level (B,).
-        active: inside the window, with a finite prediction (B,), bool.
+        active: inside the window of the schedule, with a finite prediction (B,), bool.
         posterior: r = P(unsafe | x), the highest of the windows where there are several; beta for the methods that have no r, or their
             own gate (B,).
         correction: |safe_denoised - denoised| / |denoised| (B,).

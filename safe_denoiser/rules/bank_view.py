@@ -30,7 +30,7 @@ class BankView:
         semantic: see `SafeDenoiser`; None inside a mask and in windows.
         root: square root of the mask (D,) by which banks and predictions are multiplied; None where all is compared.
         whole: the view of which this is the masked one.
-        trusted: whether distances see what the bank shows; None finds out, see `sees`.
+        trusted: whether distances reflect what the bank shows; None finds out, see `sees`.
         own: settings that only one rule knows, such as `sld.Sld`.
 
     Raises:
