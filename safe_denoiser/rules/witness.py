@@ -23,6 +23,7 @@ SILENT = 1e-3  # a prompt that moves the prediction by less than this share of w
 REACH = 6.0  # times |E_n - E_0|, at most, that E_safe is away from E_n; by right once to twice, while x leaves it open what it shows
 GUIDED = 2.0  # times that guidance weighs E_c, up to which it divides REACH: what is exaggerated it exaggerates again
 NOISE = 0.1  # signal to noise, in power, below which x tells next to nothing
+RESCALED = 0.7  # of the spread that a correction adds to a prediction, which is taken back, as it is for guidance
 RELEASE = 0.85, 1.0  # t from which the unwanted thing is taken out of what a prompt asks for, and at which all of it is
 
 
@@ -105,6 +106,16 @@ def without(conditional: Tensor, neutral: Tensor, unwanted: Tensor, released: Te
     return conditional - released[:, None] * (unwanted - neutral)
 
 
+def rescaled(safe: Tensor, base: Tensor) -> Tensor:
+    """phi std(base) / std(safe) safe + (1 - phi) safe, (B, D), where the numbers of a row of `safe` spread more than those of `base`.
+
+    What pushes away from a prediction adds to its contrast, call by call, until colours saturate, as guidance does.
+    Source: arXiv:2305.08891, Eq. 15 and 16, phi = RESCALED, for guidance.
+    """
+    spread = (base.std(1, keepdim=True) / safe.std(1, keepdim=True).clamp_min(TINY)).clamp_max(1)
+    return safe * torch.lerp(torch.ones_like(spread), spread, RESCALED)
+
+
 @dataclass(frozen=True, eq=False)
 class ByWitness(Rule):
     """r by what the model itself predicts under the unwanted condition, and E_u too.
@@ -112,7 +123,8 @@ class ByWitness(Rule):
         o_k = max_{j <= k} odds(share_j) gap_j / gap_k
         logit r = log o_k + TRUST (log p_u(x) - log p_others(x)) - DOUBT (alpha / sigma)^2 |E_c - E_n|_k^2
         r <= posterior_max,   r <= 1 - w |E_c - E_n| / (REACH |E_n - E_0|), this w at most GUIDED
-        safe_denoised = denoised + w (E_b - E_c) + w' r / (1 - r) (E_b - E_n),   E_b = E_c - f (E_n - E_0),   w' = w + f (1 - w)
+        safe_denoised = rescaled(base + w' r / (1 - r) (E_b - E_n)),   base = denoised + w (E_b - E_c),
+        E_b = E_c - f (E_n - E_0),   w' = w + f (1 - w)
 
     share_j is the `share` at the j-th call of a run, w how many times guidance weighs E_c. Since E_c - E_n = (1 - r) (E_safe - E_n), a
     `gap` that shrinks says that r grows; one call's share forgets it, since a late E_0 goes where E_c goes. For the same reason the gap
@@ -158,8 +170,9 @@ class ByWitness(Rule):
         push = torch.lerp(weighed, torch.ones_like(weighed), unasked)  # what is not asked for is not guided
         if zero is not None:
             capped = capped.minimum(within_reach(kept, zero, p.unwanted, push))
-        direction = weighed[:, None] * (kept - asked) + push[:, None] * from_witness(kept, p.unwanted, capped)
-        return Correction.unasked(direction, capped, r > self.posterior_max, t)
+        base = p.denoised + weighed[:, None] * (kept - asked)
+        safe = rescaled(base + push[:, None] * from_witness(kept, p.unwanted, capped), base)
+        return Correction.unasked(safe - p.denoised, capped, r > self.posterior_max, t)
 
     def _asks(self, p: Prediction, asked: Tensor, zero: Tensor | None, wiener: Tensor | None, memory: dict) -> tuple[Tensor, ...]:
         """t, the share that it tells, how much of the unwanted thing is to be taken out of what the prompt asks for, and how far the share
