@@ -36,7 +36,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safe_denoiser import Bank, LatentCache, NegationSet, SafeDenoiser, compress_bank, encode_bank, index_bank, load_bank, posterior
-from safe_denoiser.prediction import Prediction
+from safe_denoiser.prediction import Prediction, Step
 
 ROOT = Path(__file__).parent.parent
 LARGEST = 7e9  # bytes: what needs more is left out
@@ -152,7 +152,7 @@ def correction_row(n: int, shape: tuple[int, ...], seconds: float) -> dict[str, 
 
     def report():
         size = correction.direction.norm(dim=1) / prediction.denoised.norm(dim=1)
-        steps.append(safe.step(correction, sigma, always, ~always, size))
+        steps.append(Step.of(correction, sigma, always, ~always, size))
 
     return medians({"pass": lambda: [torch.mv(flat, x.flatten()) for flat in flats], "step": lambda: safe.safe(x, denoised, sigma),
                     "parts": lambda: parts.safe(x, denoised, sigma), "report": report}, seconds)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import record
-from benchmarks.step_cost import published_rule
+from benchmarks.step_cost import correction_row, published_rule
 from safe_denoiser import Bank
 from safe_denoiser.methods import official
 
@@ -45,3 +45,9 @@ def test_a_part_of_the_rows_leaves_the_others_as_they_were(tmp_path):
         "a": {"x": {"unsafe": 5}, "y": 2}, "b": 3, "c": 4}
     record({"c": 1}, path, partly=False)
     assert json.loads(path.read_text()) == {"c": 1}
+
+
+def test_a_step_is_timed_with_its_windows_and_its_report():
+    """The quick form leaves it out; what it calls in the core must still be there."""
+    r = correction_row(4, (4, 8, 8), 0.0)
+    assert r.keys() == {"pass", "step", "parts", "report"} and all(milliseconds > 0 for milliseconds in r.values())
