@@ -19,14 +19,15 @@ def server():
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
-def progress() -> Callable[[int, int], None]:
-    """`progress(done, total)` for the core: moves the node's bar, and raises where the user interrupts."""
-    bar, spoke = comfy.utils.ProgressBar(0), 0.0
+def progress(patience: float = 0.0) -> Callable[[int, int], None]:
+    """`progress(done, total)` for the core: moves the node's bar, after so many seconds, and raises where the user interrupts."""
+    bar, spoke, begins = comfy.utils.ProgressBar(0), 0.0, time.monotonic() + patience
 
     def tell(done: int, total: int) -> None:
         nonlocal spoke
-        if done == total or time.monotonic() - spoke > BAR:  # thousands that are done already take no time to tell
-            spoke = time.monotonic()
+        now = time.monotonic()
+        if now >= begins and (done == total or now - spoke > BAR):  # thousands that are done already take no time to tell
+            spoke = now
             bar.update_absolute(done, total)
         comfy.model_management.throw_exception_if_processing_interrupted()
 

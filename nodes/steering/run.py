@@ -9,10 +9,11 @@ from ...safe_denoiser import Report, SafeDenoiser, Step
 from ...safe_denoiser.density.separability import looks_exchanged
 from ...safe_denoiser.report import STOPPED
 from ...safe_denoiser.setup_warnings import NO_NEUTRAL, weaknesses
+from ...safe_denoiser.telling import listening
 from ..models.guidance import call_late, carry, guidance, predicted, watch
 from ..models.loading import hold, require_size
 from ..models.noise import forward_process, refuse, std_at
-from ..progress import Live
+from ..progress import SECONDS, Live, progress
 from .conditions import HANDLER
 from .witness import Witness
 
@@ -163,7 +164,8 @@ class Run:
         if reach is not None:
             mask = reach if mask is None else reach * mask
         guides = {name: picture.of(prediction) for name, prediction in guides.items()}
-        found, step = denoiser.safe(picture.of(x), picture.of(raw), *level, picture.of(mask), **guides, begins=begins)
+        with listening(progress(SECONDS)):  # the first step may have to measure the bank
+            found, step = denoiser.safe(picture.of(x), picture.of(raw), *level, picture.of(mask), **guides, begins=begins)
         safe_denoised = raw if step is None else picture.put(raw, found)
         return safe_denoised if reach is None else raw + reach * (safe_denoised - raw), step
 

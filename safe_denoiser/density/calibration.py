@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import Bank
+from ..telling import tell
 
 DRAWS = 128
+ROWS, PART = 256, 2**24  # of Gram matrices: items in a tile, and numbers of a bank between two looks at whether to go on
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,18 @@ class Calibration:
         return tuple(torch.lerp(curve[low], curve[low + 1], part) for curve in (self.level, self.spread, self.reach, self.trace))
 
 
+def _gram(y: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """y y^T (N, N), of which only the part above the diagonal is computed, and eps y^T (DRAWS, N); told as it goes on."""
+    gram, cross = y.new_zeros(len(y), len(y)), y.new_zeros(len(eps), len(y))
+    parts = [*zip(*(one.split(max(1, PART // len(y)), 1) for one in (y, eps)))]
+    for done, (columns, noise) in enumerate(parts, 1):
+        for i in range(0, len(y), ROWS):
+            gram[i:i + ROWS, i:].addmm_(columns[i:i + ROWS], columns[i:].T)
+        cross.addmm_(noise, columns.T)
+        tell(done, len(parts))
+    return gram.triu() + gram.triu(1).T, cross
+
+
 class _Noised:
     """DRAWS noised bank items x = y + s eps at any s, through Gram matrices: after three matmuls no vector of length D is touched."""
 
@@ -48,7 +62,7 @@ class _Noised:
         self.items = draws % len(y) if len(y) < DRAWS else draws * len(y) // DRAWS
         eps = torch.randn(DRAWS, y.shape[1], generator=torch.Generator().manual_seed(0)).to(y)
         eps = eps if root is None else eps * root  # inside a mask, the noise is masked as the bank is
-        self.gram, self.cross, self.eps_norms = y @ y.T, eps @ y.T, eps.square().sum(1)  # (N, N), (DRAWS, N), (DRAWS,)
+        (self.gram, self.cross), self.eps_norms = _gram(y, eps), eps.square().sum(1)
         self.own_norms, self.norms = self.gram.diagonal()[self.items], self.gram.diagonal()
         self.own_cross = self.cross.gather(1, self.items[:, None])[:, 0]
         self.own = self.items[:, None] == torch.arange(len(y), device=y.device)

@@ -265,6 +265,24 @@ def test_an_interrupt_at_every_stage(run, tiny, folder, stop, pack, sample, monk
     assert run("CheckImages", images=pictures, clip=clip, negation_set=unknown).result
 
 
+def test_a_calibration_stops_in_the_midst_and_moves_the_bar(tiny, sample, stop, monkeypatch):
+    """It runs inside a step, and of a large bank for long; a sampler asks only between steps whether to go on."""
+    import comfy.utils
+    from pack.nodes.steering import run
+    from pack.safe_denoiser.density import calibration
+
+    moved = []
+    monkeypatch.setattr(run, "SECONDS", 0)
+    monkeypatch.setattr(calibration, "PART", 2**10)
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: moved.append((value, total)))
+    told = stop(calibration, "tell", 2)
+    new = type(tiny.bank)(tiny.bank.latents * 1.002, metadata=tiny.bank.metadata)
+    with stopped():
+        sample.safe({"negation_bank": new})
+    assert len(told) == 2 and moved and moved[0][0] == 1 < moved[0][1]
+    assert sample.safe({"negation_bank": new})[1].steps
+
+
 def test_a_reference_bank_in_pieces_is_the_same(run, tiny, stop, monkeypatch):
     """Interrupted after each batch in turn, and with one piece damaged and one removed: sampled again, and only that."""
     import comfy.sample

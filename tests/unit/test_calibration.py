@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from safe_denoiser import Bank, posterior
+from safe_denoiser.density import calibration
 from safe_denoiser.density.calibration import _Noised, calibrate, temperature_for
+from safe_denoiser.telling import listening
 
 
 @pytest.fixture
@@ -54,3 +56,25 @@ def test_it_is_deterministic_and_fast():
     first = calibrate(bank, 0.4, t)
     assert time.perf_counter() - began < 4
     assert torch.equal(first.level, calibrate(bank, 0.4, t).level) and torch.equal(state, torch.get_rng_state())
+
+
+def test_it_tells_how_far_it_is_and_stops_where_the_listener_raises(bank, monkeypatch):
+    whole = _Noised(bank)
+    monkeypatch.setattr(calibration, "PART", 300)  # 10 of 36 columns
+    monkeypatch.setattr(calibration, "ROWS", 7)
+    told = []
+    with listening(lambda *told_now: told.append(told_now)):
+        parts = _Noised(bank)
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)] and torch.equal(parts.gram, parts.gram.T)
+    torch.testing.assert_close(parts.gram, whole.gram), torch.testing.assert_close(parts.cross, whole.cross)
+
+    def raising(done, total):
+        told.append(done)
+        raise InterruptedError
+
+    for measure in (lambda: temperature_for(bank, 0.4, 4.0), lambda: calibrate(bank, 0.4, 4.0)):
+        told.clear()
+        with pytest.raises(InterruptedError), listening(raising):
+            measure()
+        assert told == [1]
+    assert temperature_for(bank, 0.4, 4.0) > 0 and told == [1], "nobody listens any more"
