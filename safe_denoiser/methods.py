@@ -1,11 +1,13 @@
 """The methods of the field, one function per published equation; all on flat tensors, denoised and means (B, D), weights (B,)."""
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .density.kernel import Posterior, rows, squared_distances
+from .bank.lazy_latents import LazyLatents
+from .density.kernel import Posterior, read, rows, rows_per_block, squared_distances
 
 
 def log_ratio(unsafe: Posterior, other: Posterior, prior: float) -> Tensor:
@@ -103,7 +105,21 @@ def tracked(log_r: Tensor, before: tuple[Tensor, ...], x: Tensor, sigma: Tensor,
     return (log_r + tau * torch.where(noisy, jump, slope * (sigma - t))).clamp_max(log_max)
 
 
-def spell(denoised: Tensor, latents: Tensor, radius: float) -> tuple[Tensor, Tensor]:
+def weighed(query: Tensor, latents: Tensor | LazyLatents, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """What each item weighs by its squared distance, f_n = weigh(|query - y_n|^2), (B, N), and sum_n f_n y_n, (B, D).
+
+    A bank on another device, in half precision or on disk is read once, in blocks; one that lies ready is one block.
+    """
+    count, total = rows_per_block(latents, query)[1], torch.zeros_like(query)
+    factors = query.new_empty(len(query), len(latents))  # small tensors kept between blocks would keep the memory of these from being reused
+    for start in range(0, len(latents), count):
+        block = read(latents, start, start + count, query)
+        part = factors.narrow(1, start, len(block)).copy_(weigh(squared_distances(query, block, rows(1.0, query))))
+        total.addmm_(part, block)
+    return factors, total
+
+
+def spell(denoised: Tensor, latents: Tensor | LazyLatents, radius: float) -> tuple[Tensor, Tensor]:
     """SPELL: sum_n relu(radius / |denoised - y_n| - 1) (denoised - y_n). Source: arXiv:2410.06025, Eq. 8.
 
     Args:
@@ -112,12 +128,11 @@ def spell(denoised: Tensor, latents: Tensor, radius: float) -> tuple[Tensor, Ten
     Returns:
         direction (B, D) and each item's factor (B, N).
     """
-    distance = squared_distances(denoised, latents, rows(1.0, denoised)).sqrt().clamp_min(1e-12)
-    factor = F.relu(radius / distance - 1)
-    return factor.sum(1, keepdim=True) * denoised - factor @ latents, factor
+    factor, total = weighed(denoised, latents, lambda d2: F.relu(radius / d2.sqrt().clamp_min(1e-12) - 1))
+    return factor.sum(1, keepdim=True) * denoised - total, factor
 
 
-def sgf(denoised: Tensor, latents: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+def sgf(denoised: Tensor, latents: Tensor | LazyLatents, bandwidth: float) -> tuple[Tensor, Tensor]:
     """Safety-guided flow: (2 / h^2) Z (denoised - sum_n w_n y_n), up the MMD potential, away from the set.
 
     k_n = exp(-|denoised - y_n|^2 / (2 h^2)), Z = mean k, w = k / sum k. Source: arXiv:2603.13300; its code moves the other way.
@@ -129,12 +144,12 @@ def sgf(denoised: Tensor, latents: Tensor, bandwidth: float) -> tuple[Tensor, Te
         direction (B, D) and the kernel values (B, N).
     """
     squared = max(bandwidth, 1e-12) ** 2  # of items that are all alike it is 0
-    kernel = (-squared_distances(denoised, latents, rows(1.0, denoised)) / (2 * squared)).exp()
-    mean = kernel / kernel.sum(1, keepdim=True).clamp_min(1e-30) @ latents
+    kernel, total = weighed(denoised, latents, lambda d2: (-d2 / (2 * squared)).exp())
+    mean = total / kernel.sum(1, keepdim=True).clamp_min(1e-30)
     return 2 / squared * kernel.mean(1, keepdim=True) * (denoised - mean), kernel
 
 
-def official(denoised: Tensor, latents: Tensor, bandwidth: float, threshold: float, query: Tensor) -> tuple[Tensor, Tensor]:
+def official(denoised: Tensor, latents: Tensor | LazyLatents, bandwidth: float, threshold: float, query: Tensor) -> tuple[Tensor, Tensor]:
     """The published code's rule: k_n = exp(-|query - y_n| / (2 bandwidth^2)); minus the weighted mean where the gate opens.
 
     Source: the authors' implementation of arXiv:2502.08011, restated. Un-squared distance, no beta, no gain on `denoised`.
@@ -146,6 +161,6 @@ def official(denoised: Tensor, latents: Tensor, bandwidth: float, threshold: flo
     Returns:
         direction (B, D), zero where the gate is shut, and the kernel values (B, N).
     """
-    kernel = (-squared_distances(query, latents, rows(1.0, query)).sqrt() / (2 * bandwidth**2)).exp()
-    total = kernel.sum(1, keepdim=True) + 1e-8
-    return torch.where(total > threshold, -(kernel @ latents) / total, 0.0), kernel
+    kernel, total = weighed(query, latents, lambda d2: (-d2.sqrt() / (2 * bandwidth**2)).exp())
+    sums = kernel.sum(1, keepdim=True) + 1e-8
+    return torch.where(sums > threshold, -total / sums, 0.0), kernel

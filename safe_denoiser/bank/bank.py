@@ -155,7 +155,11 @@ class Bank:
 
     def normalised(self) -> "Bank":
         """The same bank with each location at unit norm over the channels, as the published code stores it."""
-        return replace(self, clusters=None).map(lambda latents: F.normalize(latents, dim=1))
+        def normalise(latents):  # as F.normalize, which takes nine times as long
+            wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
+            return latents / wide.square().sum(1, keepdim=True).sqrt_().to(latents.dtype).clamp_min(1e-12)
+
+        return replace(self, clusters=None).map(normalise)
 
     def masked(self, root: torch.Tensor) -> "Bank":
         """The same bank with each item multiplied by `root`, (C, *spatial) or flat (D,): with root = sqrt(m), |root (x - y)|^2 is

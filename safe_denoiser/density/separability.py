@@ -5,26 +5,38 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import Bank
-from ..bank.lazy_latents import squared_norms_of
+from ..bank.lazy_latents import BLOCK, LazyLatents, squared_norms_of
+from ..telling import tell
 from .densities import SAMPLE
-from .kernel import rows, squared_distances
+from .kernel import NEAR, rows, squared_distances
 from .windows import ENOUGH, separation
 
 SEEN = 0.85  # area under the ROC curve of banks by distance, from which kernels are trusted: digits 0.88 to 0.99, photographs below 0.83
 SAMPLED = "reference samples"  # metadata `source` of a bank that a model made by itself
 COPIES = 0.02  # share of copies of a bank's pictures in what the model makes, from which they count as memorised
+PART = 128  # items whose nearest neighbours are sought at once
 NEARER = 0.5  # of the squared distance to the reference bank, below which the two are taken for exchanged
 
 
-def between_neighbours(latents: Tensor) -> float:
-    """Median distance of an item of flat latents (N, D) to its nearest neighbour; of a large bank, of SAMPLE of its items."""
+def between_neighbours(latents: Tensor | LazyLatents) -> float:
+    """Median distance of an item of flat latents (N, D) to its nearest neighbour; of a large bank, of SAMPLE of its items. It reads all of
+    the bank for each PART of them, in blocks where it is on disk.
+    """
     count = min(len(latents), SAMPLE)
-    chosen, nearest = torch.arange(count, device=latents.device) * len(latents) // count, []
-    norms = squared_norms_of(latents)
-    for rows_of in chosen.split(32):  # a table of all pairs would not fit
-        distances = squared_distances(latents[rows_of], latents, rows(1.0, latents[rows_of]), norms)
-        nearest.append(distances.scatter_(1, rows_of[:, None], math.inf).amin(1))
-    return float(torch.cat(nearest).sqrt().median())
+    chosen = torch.arange(count, device=latents.device) * len(latents) // count
+    norms, block = squared_norms_of(latents), len(latents)
+    if isinstance(latents, LazyLatents):
+        block = max(1, BLOCK // latents.shape[1])
+    table, nearest = norms.new_empty(PART, len(latents)), norms.new_empty(count)  # a table of all pairs would not fit
+    for start, own in zip(range(0, count, PART), chosen.split(PART)):
+        x, d2 = latents[own], table[:len(own)]
+        for i in range(0, len(latents), block):
+            torch.addmm(norms[i:i + block], x, latents[i:i + block].T, alpha=-2, out=d2[:, i:i + block])
+        near = d2.scatter_(1, own[:, None], math.inf).topk(min(NEAR, len(latents) - 1), largest=False).indices
+        for k, of in enumerate(near):  # what the product of large numbers loses
+            nearest[start + k] = (x[k] - latents[of]).square().sum(1).amin()
+        tell(start + len(own), count)
+    return float(nearest.sqrt().median())
 
 
 def tells_apart(bank: Bank, other: Bank) -> bool:

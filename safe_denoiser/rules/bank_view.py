@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import Bank
+from ..bank.lazy_latents import LazyLatents
 from ..density.densities import Densities
 from ..density.gaussian import Gaussian, fit
 from ..density.separability import between_neighbours, tells_apart
@@ -89,15 +90,16 @@ class BankView:
         return tuple(both) if all(both) else None
 
     @cached_property
-    def latents(self) -> Tensor:
-        """The bank flat (N, D) in fp32 or better, in memory, for a method that looks at every item."""
-        return self.bank.latents[:].flatten(1).to(torch.promote_types(self.bank.latents.dtype, torch.float32))
+    def latents(self) -> Tensor | LazyLatents:
+        """The bank flat (N, D) in fp32 or better, for a method that looks at every item; in its file where it is there."""
+        stored, dtype = self.bank.latents, torch.promote_types(self.bank.latents.dtype, torch.float32)
+        return stored.map(lambda y: y.flatten(1).to(dtype)) if isinstance(stored, LazyLatents) else stored.flatten(1).to(dtype)
 
     @cached_property
     def neighbour_distance(self) -> float:
         """Median distance of a bank item to its nearest neighbour; for a bank of one item, its norm."""
         if len(self.latents) == 1:
-            return float(self.latents.norm())
+            return float(self.latents[:].norm())
         return self.bank.recall("neighbour distance", lambda: between_neighbours(self.latents))
 
     @property

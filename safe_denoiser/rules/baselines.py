@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import methods
 from ..bank.bank import Bank
+from ..bank.lazy_latents import LazyLatents
 from ..prediction import Correction, Prediction
 from .bank_view import BankView
 from .rule import Rule
@@ -16,13 +17,13 @@ from .settings import Settings
 
 @dataclass(frozen=True, eq=False)
 class Baseline(Rule):
-    """A rule that reads every item of one bank, flat latents (N, D), and knows no other bank.
+    """A rule that reads every item of one bank, flat latents (N, D), in memory or in their file, and knows no other bank.
 
     Args:
         width: of a shield or a kernel around each item.
     """
 
-    latents: Tensor
+    latents: Tensor | LazyLatents
     width: float
 
     @staticmethod
