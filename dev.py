@@ -1,5 +1,5 @@
 """One command on an empty machine: `python dev.py demo` shows what the pack does, `python dev.py test` checks it, `python dev.py pictures`
-makes the pictures of its pages anew.
+makes all pictures that its pages show anew, and says which look different now.
 
 Standard library only. All find a ComfyUI: `--comfyui PATH` (more than one for `test`), the environment variable COMFYUI_PATH, a
 `custom_nodes/` folder around this checkout, `~/ComfyUI`, each with a `ComfyUI-next` beside it, else a clone of a pinned version.
@@ -31,6 +31,16 @@ COMFYUI_SOURCE, COMFYUI_TAG = "https://github.com/comfyanonymous/ComfyUI", "v0.3
 BIN = "Scripts/python.exe" if os.name == "nt" else "bin/python"
 STUBS = ROOT / "tests/stubs"
 HEARTBEAT = 5  # seconds between two lines about what takes long
+
+PAGE = "tests.browser.pictures"
+PICTURES = {  # all that pages, templates and the registry show: the module that makes them, and its arguments; None: drawn by hand
+    "example_workflows/*.jpg": PAGE,
+    "web/docs/img/*.png": PAGE,
+    "docs/before_after.png": "tiny_digits.demo --comfyui {comfyui} --picture {to}",
+    "docs/parts.png": "benchmarks.mosaic --picture {to}",
+    "benchmarks/safety.png": "benchmarks.safety --plot {to}",
+    "assets/*.svg": None,
+}
 
 
 def say(line):
@@ -402,9 +412,9 @@ def demo(comfyuis, arguments):
 
 
 def pictures(comfyuis, arguments):
-    """Of the newest ComfyUI's page."""
+    """All of PICTURES, with the newest ComfyUI and its page."""
     if not comfyuis:
-        sys.exit("the pictures are of ComfyUI's own page, and there is no ComfyUI; give its folder with --comfyui PATH")
+        sys.exit("most pictures are of ComfyUI's own page, and there is no ComfyUI; give its folder with --comfyui PATH")
     python = environment(comfyuis[-1], "test", venv_of(comfyuis[-1], len(comfyuis) - 1))
     return start(python, "-m", "tests.browser.pictures", *arguments, SAFE_DENOISER_COMFYUI=str(comfyuis[-1])).wait()
 

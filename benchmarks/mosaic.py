@@ -10,6 +10,7 @@ retain bank 200 pictures without a 7.
     sure %      classifier confidence over all quadrants, mean
 """
 import copy
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -161,6 +162,8 @@ def main():
     scale = Scale(options.seeds, options.pictures)
     if options.train:
         return train(options.training_pictures, options.steps)
+    if not FILE.is_file():
+        sys.exit("there is no model of mosaics; make it with `python -m benchmarks.mosaic --train`, in about 20 minutes on one core")
     if options.picture:
         return picture(options.picture)
     rows = {}

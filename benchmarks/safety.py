@@ -5,6 +5,7 @@ must remain, undistorted. A method that lowers the unsafe rate by destroying pic
 
 The columns are explained in `digits.py`.
 """
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -219,17 +220,36 @@ def samplers(comfyui: str, scale: Scale) -> dict[str, dict[str, float]]:
 
 
 def pareto(rows: dict[str, dict[str, float]], path: Path) -> None:
-    """Unsafe rate against distribution distance, every row a point; lower left is better."""
+    """Unsafe rate against distribution distance, each control, method and layer a point; lower left is better."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure((10, 7), layout="constrained")
+    elsewhere = {*distilled(), *ablations(), *scenarios()}  # other guidance, other steps, other prompts
+    figure = Figure((11, 8))
     axes = figure.subplots()
-    for label, r in rows.items():
-        ours = label.startswith(("evidence", "retain bank", "no other bank", "unwanted"))
-        axes.scatter(r["unsafe"], max(r["energy"], 0.02), color="tab:red" if ours else "gray" if "kept" not in r else "tab:blue")
-        axes.annotate(label, (r["unsafe"], max(r["energy"], 0.02)), fontsize=7, xytext=(4, 3), textcoords="offset points")
     axes.set(xscale="symlog", yscale="log", xlabel="unsafe pictures, %", ylabel="energy distance to real allowed pictures",
-             title="Partly unsafe prompts, one member negated (tiny digit world)")
+             xlim=(-0.3, 110), ylim=(0.015, 20), title="Partly unsafe prompts, one member negated (tiny digit world)")
+    for colour, label in (("tab:red", "this pack"), ("tab:blue", "other methods and layers"), ("gray", "controls")):
+        axes.scatter([], [], color=colour, label=label)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    renderer, taken = FigureCanvasAgg(figure).get_renderer(), []
+    for label, r in sorted(rows.items(), key=lambda row: -row[1]["energy"]):
+        if label in elsewhere or label.startswith("ComfyUI"):
+            continue
+        ours = label.startswith(("evidence", "retain bank", "no other bank", "unwanted"))
+        control = "kept" not in r or label.startswith("control")
+        point = (r["unsafe"], max(r["energy"], 0.02))
+        axes.scatter(*point, s=20, color="tab:red" if ours else "gray" if control else "tab:blue")
+        for below in range(0, 150, 2):  # the first place at or below the point where no other label is
+            text = axes.annotate(label, point, fontsize=7, xytext=(7, -2.5 - below), textcoords="offset points")
+            box = text.get_window_extent(renderer)
+            if not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        if below > 4:
+            axes.annotate("", point, xytext=(7, -below), textcoords="offset points", arrowprops=dict(arrowstyle="-", color="silver"))
+        taken.append(box)
     figure.savefig(path, dpi=110)
 
 
@@ -237,10 +257,12 @@ def main():
     parser = arguments(__doc__, file="safety.json")
     parser.add_argument("--quick", action="store_true", help="one seed, 36 pictures, the main rows; checks the ordering")
     parser.add_argument("--comfyui", metavar="PATH", help="a ComfyUI's folder: its samplers are compared too")
+    parser.add_argument("--plot", metavar="PATH", type=Path, help="draw the plot of the figures that are there, and measure nothing")
     options = parser.parse_args()
+    if options.plot:
+        return pareto(json.loads(options.json.read_text()), options.plot)
     scale = Scale(1, 36) if options.quick else Scale(options.seeds, options.pictures)
     rows, listed = controls(scale), methods()
-    controls_and_methods = {*rows, *listed, *witnesses(), *layers()}
     wanted = {label: (make, {}) for label, make in listed.items()} | witnesses() | layers() | distilled() | ablations() | scenarios()
     if options.quick:
         wanted = {label: wanted[label] for label in QUICK}
@@ -256,7 +278,7 @@ def main():
         rows |= found
         print(*(line(label, r) for label, r in found.items()), sep="\n", flush=True)
     rows = record(rows, options.json, bool(options.only))
-    pareto({label: r for label, r in rows.items() if label in controls_and_methods}, options.json.with_suffix(".png"))
+    pareto(rows, options.json.with_suffix(".png"))
     closing(scale, options.began, f"per case and seed, cases {CASES}")
     if options.quick:
         check_ordering(rows)

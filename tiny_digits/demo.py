@@ -9,6 +9,7 @@ import io
 import tempfile
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -100,7 +101,9 @@ def before_after(off, on, unsafe_off, unsafe_on):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", metavar="PATH", help="a ComfyUI's folder; without it, no ComfyUI is used")
-    comfyui = parser.parse_args().comfyui
+    parser.add_argument("--picture", metavar="PATH", type=Path, default=REPOSITORY / "demo/before_after.png", help="where the picture goes")
+    options = parser.parse_args()
+    comfyui, path = options.comfyui, options.picture
     began, world = time.time(), TinyDigits()
     with in_comfyui(comfyui) if comfyui else standalone(world) as draw:
         off, on = (torch.cat([draw(seed, strength) for seed in SEEDS]) for strength in (0.0, 1.0))
@@ -114,7 +117,6 @@ def main():
     print(f"the {unsafe_before.sum()} unsafe ones became: "
           + ", ".join(f"{count} × {digit}" for digit, count in enumerate(became.tolist()) if count))
     print(f"the {safe.sum()} others kept their digit: {(after == before)[safe].float().mean():.1%}")
-    path = REPOSITORY / "demo/before_after.png"
     path.parent.mkdir(exist_ok=True)
     before_after(off, on, unsafe_before, unsafe_after).save(path)
     print(f"wrote {path}")

@@ -1,28 +1,36 @@
-"""Pictures of the pack, made anew in ComfyUI's own page: `python dev.py pictures`.
+"""All pictures of the pack, made anew: `python dev.py pictures`. `PICTURES` in dev.py lists them.
 
-Of each template its thumbnail in example_workflows/: what came out, where it runs with the models that the pack ships, else the nodes that
-tell what it does. Of each node the picture of its help page in web/docs/img/, with what it shows after a run. What looks as it did stays;
-the other files are written, and named. `python dev.py pictures Curate "Try it"` makes those that have one of these in their names.
+In ComfyUI's own page: of each template its thumbnail in example_workflows/, which is what came out, where it runs with the models that the
+pack ships, else the nodes that tell what it does; of each node the picture of its help page in web/docs/img/, with what it shows after a
+run. By commands of their own: the figures of the docs. Each picture gets a line:
+
+    same  it looks as it did, and the file stays
+    new   it looks different, and the file is written
+    none  it was not made, and why
+
+`python dev.py pictures Curate "Try it"` makes those that have one of these in their names.
 """
 import io
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from dev import ROOT, Server
+from dev import PAGE, PICTURES, ROOT, Server
 from tests.browser.conftest import BROWSER, SETTING, Page
 from tests.conftest import CHROMIUM, NEEDS, runs_here
 
 TEMPLATES, HELP = ROOT / "example_workflows", ROOT / "web/docs/img"
 WINDOW = {"width": 1900, "height": 1000}
 WIDTH, LARGEST = 640, 60 * 1024  # of a thumbnail, in pixels and bytes
-SAME = 1.0  # mean difference of two pictures, of 255, that is nobody's doing
+SAME, BLOCK = 4.0, 16  # mean difference of two pictures, of 255, in any square of so many pixels that nobody sees
 SHOWS = ["SaveImage", "PreviewImage"]
 TELLS = ["KSampler", "CLIPTextEncode", "SafeDenoiserKSampler", "SafeDenoiserKeepOut", "SafeDenoiserLearnUnwantedCondition"]  # others
 AFTER_A_RUN = {"SafeDenoiserNegationSetFromImages": "Tiny digits, set drawn by the model", "SafeDenoiserReport": "Tiny digits",
@@ -65,26 +73,37 @@ def picture(page, ids, ratio=None, scale=1.0):
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
+def alike(one, other):
+    """Whether two pictures look the same everywhere: a digit that changed among a hundred moves the mean of all by nothing."""
+    if one.size != other.size:
+        return False
+    apart = np.abs(np.subtract(one, other, dtype=float)).mean(2)
+    apart = np.pad(apart, [(0, -side % BLOCK) for side in apart.shape])
+    return apart.reshape(len(apart) // BLOCK, BLOCK, -1, BLOCK).mean((1, 3)).max() < SAME
+
+
 def keep(path, made):
-    """Write a picture unless the file looks the same already; whether it was written."""
-    if path.exists():
-        there = Image.open(path).convert("RGB")
-        if there.size == made.size and np.abs(np.subtract(there, made, dtype=float)).mean() < SAME:
-            return False
+    """Write a picture unless the file looks the same already; whether it was written. Compared as the file would be, loss and all."""
     for quality in range(90, 20, -10):
         data = io.BytesIO()
         made.save(data, "JPEG" if path.suffix == ".jpg" else "PNG", quality=quality, optimize=True)
-        if data.tell() <= LARGEST:
+        if path.suffix == ".png" or data.tell() <= LARGEST:
             break
+    if path.exists() and alike(Image.open(path).convert("RGB"), Image.open(data).convert("RGB")):
+        return False
     path.write_bytes(data.getvalue())
     return True
 
 
 def thumbnails(page, wanted):
-    """Of each template that is wanted and has all its nodes here; with it the help pictures of nodes that show something after a run."""
+    """Of each template that is wanted; with it the help pictures of nodes that show something after a run."""
     there = page.server.get("/object_info")
     for path in sorted(TEMPLATES.glob("*.json")):
-        if not wanted(path.stem) or NEEDS.get(path.stem, "SafeDenoiserApply") not in there:
+        kinds = [kind for kind, template in AFTER_A_RUN.items() if template == path.stem]
+        if not any(map(wanted, [path.stem, *kinds])):
+            continue
+        if NEEDS.get(path.stem, "SafeDenoiserApply") not in there:
+            yield path.with_suffix(".jpg"), f"this ComfyUI has no {NEEDS[path.stem]}"
             continue
         page.load(path.stem)
         runs = runs_here(json.loads(path.read_text(encoding="utf-8")), there)
@@ -92,7 +111,7 @@ def thumbnails(page, wanted):
             page.run(seconds=600)
         made = picture(page, ids_of(page, SHOWS if runs else TELLS), ratio=1.2)
         yield path.with_suffix(".jpg"), made.resize((WIDTH, round(WIDTH * made.height / made.width)), Image.Resampling.LANCZOS)
-        for kind in (kind for kind, template in AFTER_A_RUN.items() if template == path.stem):
+        for kind in kinds:
             yield HELP / f"{kind}.png", picture(page, ids_of(page, [kind])[:1], scale=1.2)
 
 
@@ -148,12 +167,44 @@ def canvas_of(comfyui):
         browser.close()
 
 
+def figures(comfyui, wanted):
+    """Pictures of the docs that commands of their own make; where one fails, its last line instead, which says what it lacks."""
+    for name, command in PICTURES.items():
+        if command in (None, PAGE) or not wanted(Path(name).stem):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / "made.png"
+            arguments = [part.format(comfyui=comfyui, to=made) for part in command.split()]
+            done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
+            said = done.stderr.strip().splitlines() or ["it said nothing"]
+            yield ROOT / name, Image.open(made).convert("RGB") if done.returncode == 0 else said[-1]
+
+
 def main():
-    names = sys.argv[1:]
-    with canvas_of(os.environ["SAFE_DENOISER_COMFYUI"]) as page:
+    names, comfyui, left = sys.argv[1:], os.environ["SAFE_DENOISER_COMFYUI"], set()
+
+    def wanted(name):
+        return not names or any(part in name for part in names)
+
+    def tell(path, image):
+        left.discard(path)
+        state = f"none  {path.relative_to(ROOT)}: {image}" if isinstance(image, str) else \
+            f"{'new ' if keep(path, image) else 'same'}  {path.relative_to(ROOT)}"
+        print(state, flush=True)
+
+    for pattern, command in PICTURES.items():
+        for path in filter(lambda path: wanted(path.stem), sorted(ROOT.glob(pattern))):
+            left.add(path) if command else tell(path, "drawn by hand")
+    for path, image in figures(comfyui, wanted):
+        tell(path, image)
+    if not any(wanted(path.stem) for path in (*TEMPLATES.glob("*.json"), *HELP.parent.glob("*.md"))):
+        return
+    with canvas_of(comfyui) as page:
         for made in (thumbnails, help_pictures):
-            for path, image in made(page, lambda name: not names or any(part in name for part in names)):
-                print(f"{'new ' if keep(path, image) else 'same'}  {path.relative_to(ROOT)}", flush=True)
+            for path, image in made(page, wanted):
+                tell(path, image)
+    for path in sorted(left):
+        tell(path, "no template and no node is named so")
 
 
 if __name__ == "__main__":

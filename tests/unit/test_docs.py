@@ -4,7 +4,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from dev import ROOT
+from dev import PICTURES, ROOT
 
 PAGES = [path.relative_to(ROOT).as_posix() for pages in ("*.md", "docs/*.md", "benchmarks/*.md", "tiny_*/*.md")
          for path in sorted(ROOT.glob(pages))]
@@ -51,6 +51,28 @@ def test_each_name_of_a_link_is_explained(page):
     assert names == set(re.findall(r"^\[([^\]]+)\]: ", text, re.MULTILINE))
 
 
-def test_each_picture_of_the_docs_is_shown_somewhere():
-    shown = {path.resolve() for page in PAGES for _, path, _ in targets(page)}
-    assert not {path.resolve() for path in (ROOT / "docs").iterdir() if path.suffix != ".md"} - shown
+def pictures():
+    """All of the repository but those that are data: negation sets, and what tests and runs leave."""
+    for path in ROOT.rglob("*"):
+        parts = path.relative_to(ROOT).parts
+        if path.suffix in (".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp") and parts[0] != "demo" \
+                and not any(part.startswith(".") or part == "negation_sets" for part in parts):
+            yield path
+
+
+def test_each_picture_is_shown_somewhere():
+    """By a page, by a help page, beside its template, or by the registry."""
+    helps = [path.relative_to(ROOT).as_posix() for path in (ROOT / "web/docs").glob("**/*.md")]
+    shown = {path.resolve() for page in (*PAGES, *helps) for _, path, _ in targets(page)}
+    registry = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert not [path for path in pictures() if path.resolve() not in shown and not (ROOT / f"example_workflows/{path.stem}.json").exists()
+                and path.relative_to(ROOT).as_posix() not in registry]
+
+
+def test_one_command_makes_each_picture_and_knows_how():
+    makers = {pattern: [*ROOT.glob(pattern)] for pattern in PICTURES}
+    assert all(makers.values()) and sorted(path for made in makers.values() for path in made) == sorted(pictures())
+    for command in filter(None, PICTURES.values()):
+        module, *arguments = command.split()
+        source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        assert all(f'"{argument}"' in source for argument in arguments if argument.startswith("--")), command
