@@ -55,7 +55,7 @@ def pictures():
     """All of the repository but those that are data: negation sets, and what tests and runs leave."""
     for path in ROOT.rglob("*"):
         parts = path.relative_to(ROOT).parts
-        if path.suffix in (".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp") and parts[0] != "demo" \
+        if path.suffix in (".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp") and parts[0] not in ("demo", "tables", "build", "dist") \
                 and not any(part.startswith(".") or part == "negation_sets" for part in parts):
             yield path
 
