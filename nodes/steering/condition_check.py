@@ -1,4 +1,4 @@
-"""Does `unwanted` mean the pictures of the bank beside it? Found out bit by bit after runs, and said in the report and on the node."""
+"""Does `unwanted` mean the pictures of the bank beside it? Measured a little after each run, and said in the report and on the node."""
 import logging
 import time
 from collections import OrderedDict
@@ -14,16 +14,16 @@ from .conditions import KEY
 from .separate_calls import PATCHED
 from .witness import Witness
 
-SHARE = 0.05  # of the time of runs, which all checks together may take
-PICTURES, ENOUGH, AT_ONCE = 64, 16, 4  # of the set and of the others; from how many on it is said; in one call of the model
-KEPT = 64  # findings that are remembered
+SHARE = 0.05  # of the time of runs: what all checks together may take
+PICTURES, ENOUGH, AT_ONCE = 64, 16, 4  # of each bank, at most; how many are needed before anything is said; in one model call
+KEPT = 64  # results that are remembered
 NOT_MEANT = ("no", "broadly")
 UNCHECKED = "whether the unwanted condition explains your pictures is not checked: "
 
 
 @dataclass
 class Found:
-    """What is known so far of one model, condition and bank: gains on the set and on the others, and the seconds that are left."""
+    """What is known so far of one model, condition and banks: gains by the name of the bank, and the seconds that may still be spent."""
 
     gains: dict[str, Gain] = field(default_factory=dict)
     seconds: float = 0.0
@@ -32,7 +32,7 @@ class Found:
 
     @property
     def check(self) -> Check | None:
-        """None: not enough is known."""
+        """The verdict; None: not enough is known yet."""
         if any(len(gain.by_picture) < ENOUGH for gain in self.gains.values()) or "bank" not in self.gains:
             return None
         return Check(self.gains["bank"], next((gain for name, gain in self.gains.items() if name != "bank"), None))
@@ -42,7 +42,7 @@ _found: OrderedDict[str, Found] = OrderedDict()
 
 
 class ConditionCheck:
-    """The check of one patched model.
+    """The check of one patched model's unwanted condition.
 
     Args:
         given: CONDITIONING by name: unwanted, and perhaps neutral. banks: by name: bank, and perhaps reference and retain.
@@ -62,7 +62,7 @@ class ConditionCheck:
         return found
 
     def after(self, seconds: float, guider, model_options: dict, held: dict, device: torch.device) -> str:
-        """Go on with the check after a run that took so long, and say what is known; the run's pictures are done and stay as they are.
+        """Go on with the check after a run that took `seconds`, and say what is known. The run's pictures are done by then, and stay.
 
         Args:
             held: banks in the run's form, by name.

@@ -1,4 +1,4 @@
-"""The unwanted and neutral conditions of a run: prepared like the guider's own, and evaluated in one batch with them."""
+"""The unwanted and neutral conditions of a run: prepared as ComfyUI's guider prepares its own, and evaluated in one batch with them."""
 import comfy.hooks
 import comfy.patcher_extension
 import comfy.sampler_helpers
@@ -11,17 +11,17 @@ SHOWN = ("concat_latent_image", "concat_mask", "reference_latents", "clip_vision
 
 
 def hookable(model, conditionings: list):
-    """A clone of `model` that hooks can change: newer ComfyUI loads weights in pieces that they cannot, and does the same for its own."""
+    """A clone of `model` whose weights hooks can change. Where newer ComfyUI loads weights piecewise they cannot, and it does as here."""
     if getattr(model, "is_dynamic", lambda: False)() and any(map(comfy.sampler_helpers.cond_has_hooks, conditionings)):
         return model.get_non_dynamic_delegate()
     return model.clone()
 
 
 class Conditions:
-    """The conditions of one run, by the CONDITIONING that they came from: patches on one model that share it evaluate it once.
+    """Our conditions of one run, by the id of the CONDITIONING each came from: where patches on one model share it, it is evaluated once.
 
-    They go through what CFGGuider does to its own, stage by stage, and never among those: ComfyUI gives each condition the areas of all
-    the others, and the guider's predictions must stay what they were.
+    They pass through the same stages as CFGGuider's own, but never in one list with them: ComfyUI gives each condition the areas of the
+    others in its list, and the guider's own predictions must not change.
     """
 
     def __init__(self):
@@ -31,7 +31,7 @@ class Conditions:
         self.prompt: list[dict] | None = None  # of the guider's own conditions, the one that guidance takes for the prompt
 
     def add(self, guider, conditionings: list, hook_mode) -> None:
-        """What CFGGuider.sample does before the models are loaded."""
+        """Do for these what CFGGuider.sample does for its own before models are loaded."""
         self.given |= {id(one): comfy.sampler_helpers.convert_cond(one) for one in conditionings if id(one) not in self.given}
         comfy.samplers.preprocess_conds_hooks(self.given)
         self._register_hooks(guider)
@@ -57,7 +57,7 @@ class Conditions:
         options["registered_hooks"] = known
 
     def process(self, guider, noise, latent_image, denoise_mask, seed, model_options: dict) -> None:
-        """What CFGGuider.inner_sample does before the sampler starts; later patches find it done."""
+        """Do for these what CFGGuider.inner_sample does for its own before the sampler starts; of several patches the first does it."""
         if self.processed:
             return
         model, positive = guider.inner_model, guider.conds.get("positive") or next(iter(guider.conds.values()), None) or []
@@ -75,7 +75,7 @@ class Conditions:
         self.look(model, guider, model_options)
 
     def look(self, model, guider, model_options: dict) -> None:
-        """Whether they must be asked apart, by the options of the run, or of one call, as guidance of neighbours makes them."""
+        """See whether they need calls of their own: by the options of the run, or of one call, which guidance of other packs may change."""
         if not self.apart and (why := why_apart(model, guider.model_patcher, model_options)):
             self.apart = Apart(model, model_options, self.given, why)
 
@@ -90,7 +90,7 @@ class Conditions:
 
 
 def outer_sample(conditionings: list, hook_mode):
-    """A wrapper of OUTER_SAMPLE: the run has these conditions too, until it ends, however it ends."""
+    """A wrapper of OUTER_SAMPLE that gives the run these conditions, and takes them away when it ends, however it ends."""
     def wrapper(executor, *args, **kwargs):
         guider = executor.class_obj
         mine = KEY not in guider.model_options
@@ -107,7 +107,7 @@ def outer_sample(conditionings: list, hook_mode):
 
 
 def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
-    """A wrapper of PREPARE_SAMPLING: their models are loaded, and their memory is counted."""
+    """A wrapper of PREPARE_SAMPLING: ComfyUI loads the models that these conditions bring, such as ControlNets, and counts their memory."""
     conditions = (kwargs.get("model_options") or {}).get(KEY)
     given = {} if conditions is None else {f"{KEY} {key}": found for key, found in conditions.given.items()}
     real, found, models = executor(model, noise_shape, conds | given, *args, **kwargs)
@@ -115,8 +115,8 @@ def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
 
 
 def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
-    """A wrapper of APPLY_MODEL: patches inside the model, which look up what to do by place in the batch, take them for the positive
-    prompt; many know two places only.
+    """A wrapper of APPLY_MODEL: to patches inside the model each of these conditions looks like the positive prompt. They look up what to
+    do by place in the batch, and many know two places only.
     """
     seen_as = (transformer_options or {}).get(KEY)
     if seen_as:
@@ -125,7 +125,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
 
 
 def listen(model, given: dict[str, list]) -> None:
-    """Wrap a clone of a model so that each of its runs has the conditions `given`."""
+    """Wrap a clone of a model so that each of its runs has these conditions too; `given` is CONDITIONING by name."""
     wrappers = comfy.patcher_extension.WrappersMP
     if given:
         model.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, outer_sample([*given.values()], model.hook_mode))

@@ -1,5 +1,5 @@
-"""Conditions in calls of their own, where something around the network cannot have more of them in one batch: many neighbours know only
-two conditions, or keep what they cache by place in the batch, on the network or in its options. Each of ours gets a copy of its own.
+"""Conditions evaluated in calls of their own, where they cannot share the guider's batch: many patches of other packs know two conditions
+only, or keep a cache by place in the batch, on the network or in its options. Each of our conditions gets a copy of what they keep.
 """
 import copy
 from collections import deque
@@ -33,15 +33,15 @@ def _leaves(value) -> Iterator:
 
 
 def why_apart(model, patcher, model_options: dict) -> str:
-    """Why conditions cannot be in the guider's own batch; "": they can."""
+    """Why conditions cannot be in the guider's own batch, in words; "": they can."""
     if patched_by_neighbours(model, patcher, model_options):
         return PATCHED
     return MIXED if mixes(model_options.get("transformer_options", {}).get("easycache")) else ""
 
 
 def mixes(cache) -> bool:
-    """Whether a cache of ComfyUI's own, where it skips the network, changes each condition of a batch by what all of them change, as
-    EasyCache did before it was mended. Found by trying it, since nothing in it tells.
+    """Whether a cache of ComfyUI's, when it skips the network, adds the changes of all conditions of a batch to each of them, as EasyCache
+    did before it was fixed. It is tried out, since nothing in it tells.
     """
     if not hasattr(cache, "uuid_cache_diffs"):
         return False
@@ -51,7 +51,7 @@ def mixes(cache) -> bool:
 
 
 def patched_by_neighbours(model, patcher, model_options: dict) -> bool:
-    """Whether a call of the network goes through anything of other packs."""
+    """Whether a call of the network goes through code of other packs."""
     options, network = model_options.get("transformer_options", {}), getattr(model, "diffusion_model", None)
     objects = [one for name, one in getattr(patcher, "object_patches", {}).items() if name.startswith("diffusion_model")]
     wrappers = [options.get("wrappers", {}).get(kind) for kind in ("apply_model", "diffusion_model", "calc_cond_batch")]
@@ -132,14 +132,14 @@ def _followed(kept, left, now, known: set | None = None):
 
 
 class Apart:
-    """What neighbours keep for each condition of one run, on the network and in its options; as it was when the run began, and followed in
-    what they change between calls, such as the step they are at.
+    """What other packs keep, on the network and in its options: a copy for each condition of one run. Copies begin as it was when the run
+    began, and take over what the packs change between calls, such as the number of the step.
 
     Args:
-        model: whose network is asked.
+        model: the one whose network is called.
         model_options: of the run.
         keys: of the conditions.
-        why: they are asked apart, in words.
+        why: the reason for calls of their own, in words.
     """
 
     def __init__(self, model, model_options: dict, keys: Iterable[int], why: str):
@@ -158,7 +158,7 @@ class Apart:
 
     @contextmanager
     def guiders(self, model_options: dict):
-        """Around a call of the guider's."""
+        """Goes around a call for the guider's own batch: the copies take over what has changed since the last one."""
         now = self._state(model_options)
         self.kept = {key: _followed(kept, self.left, now) for key, kept in self.kept.items()}
         try:
@@ -183,7 +183,7 @@ class Apart:
             self.network.__dict__.update(state)
 
     def ask(self, key: int, evaluate: Callable, conds: list[dict], model_options: dict) -> torch.Tensor:
-        """The prediction under the condition of a key: `evaluate(conds, model_options)` of it alone."""
+        """The prediction under one condition: `evaluate(conds, model_options)` of it alone, with its copy in place."""
         options, kept = comfy.patcher_extension.copy_nested_dicts(model_options.get("transformer_options", {})), self.kept[key]
         with self._installed(kept):
             return evaluate([conds], {**model_options, "transformer_options": {**options, **kept["options"]}})[0]

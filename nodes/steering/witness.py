@@ -1,4 +1,4 @@
-"""What the model predicts under the unwanted condition: asked beside the guider's own batch, and taken off the answer."""
+"""What the model predicts under the unwanted condition: asked for in the guider's own batch, and taken out of the answer."""
 import math
 from contextlib import nullcontext
 
@@ -10,12 +10,12 @@ from .conditions import FUNCTION, HANDLER, KEY
 
 
 def is_on(cond: dict, timestep: torch.Tensor) -> bool:
-    """Whether ComfyUI evaluates it at this noise level; outside of its range of steps it would answer with zeros."""
+    """Whether ComfyUI evaluates a condition at this noise level; outside of its range of steps the answer would be zeros."""
     return cond.get("timestep_end", -math.inf) <= timestep[0] <= cond.get("timestep_start", math.inf)
 
 
 def coverage(conds: list[dict], x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor | None:
-    """Where conditions with areas or masks speak, 0 to 1 and shaped like x; elsewhere ComfyUI answers with zeros. None: everywhere."""
+    """Where conditions with areas or masks apply, 0 to 1 and shaped like x; elsewhere ComfyUI answers with zeros. None: everywhere."""
     if not any("area" in cond or "mask" in cond for cond in conds) or any("default" in cond for cond in conds):
         return None
     total = torch.zeros_like(x)
@@ -35,10 +35,10 @@ def _with_options(model_options: dict, more: dict) -> dict:
 
 
 class Beside(ContextHandlerABC):
-    """Adds conditions to the first batch that a guider asks for in one model call, and takes their predictions off the answer.
+    """Adds conditions to the first batch that a guider asks for in one model call, and takes their predictions out of the answer.
 
-    ComfyUI lets a handler of context windows evaluate a batch its own way, whatever guider asks; the one that is there already goes on
-    doing so, with more conditions, so that their predictions are merged over its windows as the others are.
+    It takes the place of ComfyUI's handler of context windows, which may evaluate a batch in its own way, whichever guider asks. A handler
+    that was there still does so, now with more conditions, so that their predictions are merged over its windows as the others are.
     """
 
     def __init__(self, model_options: dict, guider):
@@ -83,13 +83,13 @@ class Beside(ContextHandlerABC):
         return out  # the very object, in which guidance of theirs may keep more
 
     def of(self, *roles) -> torch.Tensor | None:
-        """The prediction under the first of these that the guider asked for."""
+        """The prediction under the first of these conditions that the guider asked for."""
         found = (prediction for role in roles for own, prediction in self.own if own is role)
         return next(found, None)
 
 
 class Witness:
-    """The conditions of one run, `unwanted` and `neutral`: asked in each model call, and what the model predicted under them."""
+    """The unwanted and neutral conditions of one run: has them evaluated in each model call, and knows what the model predicted."""
 
     def __init__(self, given: dict[str, list]):
         self.given, self.missed = given, False
@@ -103,21 +103,22 @@ class Witness:
 
     @staticmethod
     def apart(guider) -> str:
-        """Why they are asked in calls of their own; "": they are not."""
+        """Why they are evaluated in calls of their own; "": they are not."""
         conditions = guider.model_options.get(KEY)
         return conditions.apart.why if conditions is not None and conditions.apart else ""
 
     def on(self, guider, timestep: torch.Tensor) -> dict[int, list[dict]]:
-        """By key, those of its conditions that say something at this noise level."""
+        """Those of its conditions that apply at this noise level, by key."""
         conditions = guider.model_options.get(KEY)
         processed = {} if conditions is None else conditions.processed
         found = {id(one): [cond for cond in processed.get(id(one), []) if is_on(cond, timestep)] for one in self.given.values()}
         return {key: conds for key, conds in found.items() if conds}
 
     def ask(self, guider, shared: dict, model_options: dict, timestep: torch.Tensor, is_open: bool) -> dict:
-        """model_options with which the guider's own batch holds the conditions too; several patches add to one batch.
+        """model_options that put the conditions into the guider's next batch; several patches add to the same one.
 
-        Not where the window is closed, and the predictions are of no use; but a cache wants each condition of a run in every call.
+        Outside the window of the schedule nothing is added, since the predictions would be of no use, but for a cache that wants each
+        condition of a run in every call.
         """
         asked, known = self.on(guider, timestep), KEY in guider.model_options
         self.missed = is_open and (not known or id(self.given["unwanted"]) in asked)  # until it was heard
@@ -132,13 +133,14 @@ class Witness:
         return model_options
 
     def heard(self, guider, shared: dict, x: torch.Tensor, guides: dict, seen: dict) -> dict[str, torch.Tensor]:
-        """The model's own predictions, as `SafeDenoiser.safe` names them; nothing where unwanted was not evaluated.
+        """The model's own predictions, named as `SafeDenoiser.safe` names them; none where unwanted was not evaluated.
 
         Args:
-            shared: of this model call.
-            guides: what guidance told: in a nested DualCFGGuider without the negative prompt's, which is neutral all the same.
-            seen: what a post-CFG function was given, or nothing: guidance knows the guider's conditions by their roles, ComfyUI's own
-                guiders, of which some have more than two, by their names.
+            shared: what patches on one model share in this model call.
+            guides: the predictions that guidance is known to have used, by name. Without the negative prompt's, as in a nested
+                DualCFGGuider, that one is `neutral`.
+            seen: what a post-CFG function was given, or nothing. Conditions are found by the names that ComfyUI's guiders give them
+                ("positive"), of which some have more than two, else by their roles in guidance here ("cond").
         """
         beside = shared.get("beside")
         if beside is None:
@@ -163,7 +165,7 @@ class Witness:
         return found
 
     def reach(self, guider, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor | None:
-        """Where all of its conditions speak, 0 to 1 and shaped like x; None: everywhere."""
+        """Where all of its conditions apply, 0 to 1 and shaped like x; None: everywhere."""
         parts = [coverage(conds, x, timestep) for conds in self.on(guider, timestep).values()]
         parts = [part for part in parts if part is not None]
         return torch.stack(parts).amin(0) if parts else None

@@ -1,4 +1,4 @@
-"""What a set shows, as the diffusion model itself would say it: the phrases under which it denoises these pictures best, and not others."""
+"""What a set shows, in the diffusion model's own words: the phrases that help it to denoise these pictures, and not others."""
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,11 +7,11 @@ from torch import Tensor
 from ..meaning.describe import Description, chosen_of
 from .gain import LEVELS, Condition, Model, Probe
 
-FIRST, MOST = 8, 32  # pictures of the set and of the others in the first round, which doubles each time, and in the last
+FIRST, MOST = 8, 32  # pictures of the set, and as many others, in the first round and in the last; the number doubles in between
 
 
 def rounds(phrases: int, pictures: int, others: int) -> list[tuple[int, int]]:
-    """(phrases, pictures) of each round: while there are more than four phrases, half of them stay and twice as many pictures are asked."""
+    """(phrases, pictures) of each round. While more than four phrases are left, half of them go on, to twice as many pictures."""
     most, found, count = min(MOST, max(pictures, others)), [], min(FIRST, max(pictures, others))
     while count < most and phrases > 4:
         found.append((phrases, count))
@@ -20,7 +20,7 @@ def rounds(phrases: int, pictures: int, others: int) -> list[tuple[int, int]]:
 
 
 def rows_needed(phrases: int, pictures: int, others: int) -> int:
-    """How many noised pictures the model will be asked for, one per phrase, level and picture, and once per picture without a phrase.
+    """How many noised pictures the model will be asked for in all rounds: each picture at each level, once per phrase and once without.
 
     Raises:
         ValueError: fewer than two pictures of the set or of the others.
@@ -35,19 +35,20 @@ def rows_needed(phrases: int, pictures: int, others: int) -> int:
 def describe_by_model(model: Model, latents: Tensor, others: Tensor, phrases: tuple[str, ...], encode: Callable[[str], Condition],
                       neutral: Condition, count: int = 3, batch: int = 16, seed: int = 0,
                       tell: Callable[[int, int], None] | None = None) -> Description:
-    """Which phrases the model itself would use for a set and not for other pictures.
+    """The phrases that fit a set of pictures and not other pictures, as the diffusion model itself sees them.
 
         score_k = gain_k of the set - gain_k of the others,   gain_k = 1 - sum |y - E[x0 | x, phrase_k]|^2 / sum |y - E_0|^2
-        a phrase fits a picture best that takes the largest part of its error away, if any does
 
     at five noise levels, with the same noise for all phrases. In rounds: all phrases on a few pictures, the better half on twice as many.
-    Chosen are, as `describe` does it by an exact test, those that fit more pictures of the set best than of the others, not by chance.
+    The phrase that takes away most of a picture's error fits it best, if any takes away some. Chosen are the phrases that fit more pictures
+    of the set best than of the others, beyond chance, by the exact test of `describe`.
 
     Source: a diffusion model as classifier, arXiv:2303.16203; halving: arXiv:1502.07943; the contrast and the test are ours.
 
     Args:
-        model: that is asked. latents, others: (N, *shape) and (M, *shape) in its space, of which at most 32 each are asked.
-        encode: what the model is told for a phrase. neutral: the condition that means nothing in particular.
+        model: the one that is asked. latents, others: (N, *shape) and (M, *shape), in its space; at most 32 of each are looked at.
+        encode: from a phrase to the condition. neutral: the condition that means nothing in particular.
+        count: of phrases chosen, at most. batch: rows in one model call. seed: of the noise.
         tell: called as tell(rows done, rows in all).
 
     Raises:

@@ -1,4 +1,4 @@
-"""How well a condition explains pictures: by how much it helps the model itself to denoise them.
+"""How well a condition explains pictures: by how much it lowers the model's own error when it denoises them.
 
     pictures --noise, the same each time--> x --model--> E_0 without it, E_n under it --errors--> gain by noise level
 """
@@ -10,33 +10,33 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8)  # fractions of the schedule; what a picture shows is decided above the last
-CHECKED = (0.2, 0.6)  # where right conditions and others differ most, for two calls of the model
+LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8)  # fractions of the schedule, 0 the noisiest; beyond the last, what a picture shows is decided
+CHECKED = (0.2, 0.6)  # the two at which right and wrong conditions differ most, for a check that must be quick
 
 VERDICT = "the condition explains your pictures"  # so begins every sentence of a check
-SURE = 2.0  # standard errors by which a gain differs from 0
-PARTLY, CLEARLY = 0.3, 0.7  # shares of a set that a condition helps with, from which it means a part, and all of it
-OTHERS = 0.25  # share of other pictures with which a condition helps, from which it means more than the set
+SURE = 2.0  # standard errors above 0 from which a gain is believed
+PARTLY, CLEARLY = 0.3, 0.7  # a condition that helps with this share of a set means a part of it, or all of it
+OTHERS = 0.25  # one that helps with this share of other pictures means more than the set
 
 Condition = Sequence[Tensor]  # what the model is told, such as rows of text and a pooled vector; one row each, (1, ...)
 
 
 class Model(Protocol):
-    """A diffusion model as it is asked here."""
+    """What a diffusion model must be able to do to be asked here."""
 
     def noised(self, y: Tensor, noise: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
         """x = alpha y + sigma eps (B, *shape), and sigma (B,), at fractions (B,) of the schedule, 0 the noisiest."""
 
     def predict(self, x: Tensor, sigma: Tensor, conditions: Sequence[Condition]) -> list[Tensor]:
-        """E[x0 | x] under each of the conditions, like x each."""
+        """E[x0 | x] under each of the conditions, each shaped like x."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gain:
-    """What a condition adds to no condition, in squared errors by noise level and picture, (K, n) each.
+    """The model's squared errors without a condition and with it, by noise level and picture, (K, n) each.
 
     Args:
-        zero, unwanted: |y - E_0|^2 and |y - E_n|^2. apart: |E_n - E_0|^2.
+        zero: |y - E_0|^2, without. unwanted: |y - E_n|^2, with it. apart: |E_n - E_0|^2, what it changes.
     """
 
     NAMES: ClassVar = ("zero", "unwanted", "apart")
@@ -46,47 +46,49 @@ class Gain:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """By name."""
+        """The three by name."""
         return {name: getattr(self, name) for name in self.NAMES}
 
     @property
     def by_level(self) -> Tensor:
-        """1 - sum |y - E_n|^2 / sum |y - E_0|^2, (K,): the share of the model's error that the condition takes away, or adds below 0."""
+        """1 - sum |y - E_n|^2 / sum |y - E_0|^2, (K,): the share of the model's error that the condition takes away; below 0 it adds."""
         return 1 - self.unwanted.sum(1) / self.zero.sum(1)
 
     @property
     def mean(self) -> float:
-        """Mean over the noise levels."""
+        """`by_level`, averaged over the noise levels."""
         return float(self.by_level.mean())
 
     @property
     def by_level_and_picture(self) -> Tensor:
-        """What is gained on each picture, relative to the mean error at its level (K, n)."""
+        """By how much the condition lowers the error of each picture, relative to the mean error at that level (K, n)."""
         return (self.zero - self.unwanted) / self.zero.mean(1, keepdim=True)
 
     @property
     def by_picture(self) -> Tensor:
-        """The same of each picture, mean over the levels (n,)."""
+        """The same, averaged over the levels (n,)."""
         return self.by_level_and_picture.mean(0)
 
     @property
     def error(self) -> float:
-        """Standard error of `mean` over the pictures; infinite for one."""
+        """Standard error of `mean` over the pictures; infinite for a single one."""
         one = self.by_picture
         return float(one.std() / len(one) ** 0.5) if len(one) > 1 else float("inf")
 
     @cached_property
     def scale(self) -> Tensor:
-        """g = <y - E_0, E_n - E_0> / |E_n - E_0|^2, (K,): how strongly the condition should be taken; 1 as it is, 0 not at all."""
+        """g = <y - E_0, E_n - E_0> / |E_n - E_0|^2, (K,): by what E_n - E_0 should be multiplied to come nearest to y; 1:
+        the condition is right as it is, 0: it is of no use.
+        """
         along = (self.zero + self.apart - self.unwanted) / 2
         return along.sum(1) / self.apart.sum(1).clamp_min(1e-20)
 
     @property
     def share(self) -> float:
-        """Share of the pictures that the condition helps to denoise: Phi(mean / s), where s is how much pictures differ in what is gained.
+        """Share of the pictures that the condition helps to denoise: Phi(mean / s), where s is the spread of the pictures' true gains.
 
-        Levels have noise of their own, so that s^2 is what varies alike at all of them, the mean covariance of two levels; the sign of one
-        picture's gain is as often the noise's as the picture's.
+        Each level has noise of its own, so that what varies alike at all levels is the pictures': s^2 is the covariance of two levels,
+        averaged over all pairs. Counting pictures with a gain above 0 would not do: its sign is as often the noise's doing.
         """
         gains, mean = self.by_level_and_picture, self.by_picture.mean()
         gains = gains - gains.mean(1, keepdim=True)
@@ -97,10 +99,11 @@ class Gain:
 
 @dataclass(frozen=True, eq=False)
 class Check:
-    """Whether a condition means the pictures of a set and not all pictures.
+    """Whether a condition means the pictures of a set, and not pictures in general.
 
     Args:
-        set: what it adds on pictures of the set. reference: on what the model makes by itself, or on pictures to keep; None: not asked.
+        set: its gain on pictures of the set. reference: on pictures that the model makes by itself, or that are to be kept; None: not
+            measured.
     """
 
     set: Gain
@@ -108,7 +111,7 @@ class Check:
 
     @property
     def kind(self) -> str:
-        """"clearly"; "broadly": others as well; "partly": a part of the set; "no"."""
+        """It means the set: "clearly"; "broadly", and other pictures as well; "partly", a part of it; "no"."""
         sure = self.set.mean > SURE * self.set.error
         others = self.reference.share if self.reference else 0.0
         if self.set.share < PARTLY or self.reference is not None and self.everything:
@@ -119,7 +122,7 @@ class Check:
 
     @property
     def everything(self) -> bool:
-        """Whether it helps with the reference about as much as with the set: then it means pictures, not these pictures."""
+        """Whether it helps with the reference pictures more than half as much as with the set: it then means pictures in general."""
         return self.reference.mean > SURE * self.reference.error and self.reference.mean > self.set.mean / 2
 
     @property
@@ -135,14 +138,14 @@ class Check:
 
 
 class Probe:
-    """Pictures with noise on them, the same for all conditions that are compared, and what the model makes of them without one.
+    """Noised pictures on which conditions are compared, and what the model predicts of them without one. The noise is the same for all.
 
     Source: the model's denoising error as a classifier, arXiv:2303.16203; the gain as a measure of a condition is ours.
 
     Args:
-        model: that is asked. latents: (n, *shape), in its space.
-        neutral: the condition that means nothing in particular.
-        fractions: noise levels. batch: rows of one model call. seed: of the noise.
+        model: the one that is asked. latents: (n, *shape), in its space.
+        neutral: the condition that means nothing in particular; under it the model predicts E_0.
+        fractions: of the schedule, at which pictures are noised. batch: rows in one model call. seed: of the noise.
     """
 
     def __init__(self, model: Model, latents: Tensor, neutral: Condition, fractions: Sequence[float] = LEVELS, batch: int = 16,
@@ -170,11 +173,11 @@ class Probe:
         return self._squared(self.y - self.zero)
 
     def gain(self, condition: Condition) -> Gain:
-        """What a condition adds; one model call for each `batch` rows."""
+        """The gain of a condition. Takes one model call for each `batch` rows; each picture at each level is a row."""
         found = self._predicted(condition)
         return Gain(self.zero_errors, self._squared(self.y - found), self._squared(found - self.zero))
 
 
 def together(gains: Sequence[Gain]) -> Gain:
-    """Gains of different pictures as one."""
+    """Gains on different pictures as one."""
     return Gain(*(torch.cat([getattr(gain, name) for gain in gains], 1) for name in Gain.NAMES))

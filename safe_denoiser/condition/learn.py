@@ -1,6 +1,6 @@
 """A condition learned from pictures: what the model has to be told so that it denoises them best.
 
-    pictures --noise--> x --model under the condition--> E_n --|y - E_n|^2--> gradient of the condition, the model as it is
+    pictures --noise--> x --model under the condition--> E_n --|y - E_n|^2--> gradient of the condition; the model's weights stay
 """
 import time
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .gain import LEVELS, Condition, Gain, Model, Probe, together
 
-RATE = 0.03  # of Adam, in units of a condition's own size: a few dozen steps lead from one prompt to another
-DEEPEST = 0.9  # fraction of the schedule down to which is learned; below it no condition says anything
-FEW, FOLDS = 40, 3  # pictures below which none can be spared to stop by: then each third is left out once
-HELD = 0.2  # share of more pictures that stops
-EVERY, PATIENCE = 10, 3  # steps between two looks at what was held out, and looks without a gain after which it ends
+RATE = 0.03  # Adam's rate, in units of a condition's own size: a few dozen steps lead from one prompt to another
+DEEPEST = 0.9  # fraction of the schedule, 0 the noisiest, down to which is learned; below it no condition matters
+FEW, FOLDS = 40, 3  # with fewer pictures none can be spared to tell when to stop: each third is then held out once
+HELD = 0.2  # share that is held out of FEW or more
+EVERY, PATIENCE = 10, 3  # steps between two looks at the held-out pictures; looks without progress after which it ends
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Schedule:
     """How a condition is learned.
 
     Args:
-        steps: at most; the rate falls to 0 over them. batch: pictures of a step. rows: of them in one call of the model, to save memory.
-        seed: of what is held out, drawn and noised.
+        steps: at most; the learning rate falls to 0 over them. batch: pictures in a step. rows: how many of these the model is asked for
+            at once; fewer take less memory. seed: of what is held out, drawn and noised.
     """
 
     steps: int = 150
@@ -35,12 +35,12 @@ class Schedule:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """A condition and how good it is.
+    """A learned condition and how good it is.
 
     Args:
-        condition: like the one it began with.
-        gain: on pictures from which it was not learned; from few pictures, of conditions that were learned without these.
-        steps: after which it was best. curve: (steps, gain on held-out pictures) at each look.
+        condition: tensors shaped like those it started from.
+        gain: on held-out pictures. Where there were few pictures, on each third of them, by a condition learned from the other two.
+        steps: after how many it was best. curve: (steps, gain on held-out pictures) at each look.
     """
 
     condition: list[Tensor]
@@ -50,12 +50,12 @@ class Learned:
 
 
 class Descent:
-    """Adam on a condition. Each step draws pictures anew, at noise levels spread over the schedule, and by its number alone, so that one
-    that was stopped goes on as if it had not been.
+    """Adam on the tensors of a condition. Each step draws pictures, noise, and levels spread over the schedule; what it draws depends on
+    its number alone, so that a descent that was interrupted goes on to the same end.
 
     Args:
-        model: that is asked. latents: (N, *shape) in its space. start: where it begins.
-        weight: |y - E_0|^2 at fractions of the schedule (B,).
+        model: the one that is asked. latents: (N, *shape), in its space. start: the condition to start from.
+        weight: the error to be expected, |y - E_0|^2, at fractions of the schedule (B,); errors are divided by it.
     """
 
     def __init__(self, model: Model, latents: Tensor, start: Condition, weight: Callable[[Tensor], Tensor], schedule: Schedule, seed: int):
@@ -65,7 +65,7 @@ class Descent:
         self.adam = torch.optim.Adam([{"params": [part]} for part in self.parts])
 
     def drawn(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures (B, *shape), noise like them, and fractions of the schedule (B,), of this step."""
+        """What this step looks at: pictures (B, *shape), noise of the same shape, and fractions of the schedule (B,)."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.done)
         count = self.schedule.batch
         y = self.latents[torch.randint(len(self.latents), (count,), generator=generator).to(self.latents.device)]
@@ -73,7 +73,7 @@ class Descent:
         return y, torch.randn(y.shape, generator=generator).to(y), fraction
 
     def step(self) -> list[Tensor]:
-        """The condition after one more step."""
+        """Take a step; the condition after it."""
         for group, size in zip(self.adam.param_groups, self.sizes):
             group["lr"] = RATE * size * (1 - self.done / self.schedule.steps)
         self.adam.zero_grad()
@@ -88,12 +88,12 @@ class Descent:
         return [part.detach() for part in self.parts]
 
     def state(self) -> dict[str, Tensor]:
-        """All that it needs to go on."""
+        """All that is needed to go on later, as tensors by name."""
         moments = {f"{i} {name}": value for i, part in enumerate(self.parts) for name, value in self.adam.state[part].items()}
         return {"done": torch.tensor(self.done), **{f"{i} part": part.detach() for i, part in enumerate(self.parts)}, **moments}
 
     def resume(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state`."""
+        """Go on from what `state` gave."""
         self.done = int(state["done"])
         for i, part in enumerate(self.parts):
             part.data.copy_(state[f"{i} part"])
@@ -102,19 +102,20 @@ class Descent:
 
 
 class Learning:
-    """The condition under which the model denoises pictures best, by gradient; the model stays as it is.
+    """Looks for the condition under which the model denoises pictures best, by gradient descent; the model's weights stay.
 
         min over c of the mean over noise levels of |y - E[x0 | x, c]|^2 / |y - E_0|^2,   x = alpha y + sigma eps
 
-    so that each noise level counts alike, whatever the model predicts (noise, velocity, picture). A part of the pictures is held out and
-    ends it when their gain stops growing; of fewer than FEW pictures each third in turn, and then all are learned from for as many steps.
+    Divided by |y - E_0|^2, each noise level counts alike, whatever the model predicts (noise, velocity, picture). Some pictures are held
+    out, and learning ends when the gain on them stops growing. Of fewer than FEW pictures each third is held out in a run of its own; one
+    more run then learns from all of them, for as many steps as were best.
 
     Source: textual inversion, arXiv:2208.01618, in the space that the model reads.
 
     Args:
-        model: that is asked.
-        latents: (N, *shape) in the model's space.
-        neutral: the condition that means nothing in particular. start: where it begins; None is `neutral`.
+        model: the one that is asked.
+        latents: (N, *shape), in the model's space.
+        neutral: the condition that means nothing in particular. start: the condition to start from; None: `neutral`.
 
     Raises:
         ValueError: fewer than 2 pictures.
@@ -143,16 +144,16 @@ class Learning:
 
     @property
     def finished(self) -> bool:
-        """Whether more steps would not be taken."""
+        """Whether all steps are done, or the held-out pictures gain no more."""
         done = self.runs[0].done
         return done >= self.schedule.steps or done >= self.best.steps + EVERY * PATIENCE
 
     def run(self, seconds: float = float("inf"), tell: Callable[[int, int, Gain], None] | None = None) -> Learned:
-        """Learn until the held-out pictures gain no more.
+        """Learn until `finished`, or for `seconds`; the best condition that was found.
 
         Args:
-            seconds: after which the best so far is taken.
-            tell: called as tell(steps done, steps at most, best gain so far) after each step; may raise, and `state` then is what is left.
+            tell: called as tell(steps done, steps at most, best gain so far) after each step. It may raise to stop; `state` then holds
+                what was done.
         """
         until = time.monotonic() + seconds
         while not self.finished and time.monotonic() < until:
@@ -180,7 +181,7 @@ class Learning:
             {f"best: {key}": value for key, value in best.items()}
 
     def resume(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state` of the same pictures, model and schedule, to the same end."""
+        """Go on from what `state` gave, with the same pictures, model and schedule; the end is the same."""
         def under(name: str) -> dict[str, Tensor]:
             return {key.split(": ", 1)[1]: value for key, value in state.items() if key.startswith(f"{name}: ")}
 
@@ -193,7 +194,7 @@ class Learning:
 
 
 def error_by_level(probes: Sequence[Probe]) -> Callable[[Tensor], Tensor]:
-    """|y - E_0|^2 at fractions of the schedule (B,), between the measured levels by its logarithm."""
+    """A function of fractions of the schedule (B,): |y - E_0|^2 there, its logarithm interpolated between the measured levels."""
     at, logs = torch.tensor(LEVELS), torch.cat([probe.zero_errors for probe in probes], 1).mean(1).log().cpu()
 
     def error(fraction: Tensor) -> Tensor:

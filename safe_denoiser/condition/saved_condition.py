@@ -1,4 +1,4 @@
-"""A condition as a file that may be shared: what the model is told, the model that it belongs to, and how good it is."""
+"""A condition saved as a file that people may share: what the model is told, which model that is, and how good the condition is."""
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +10,13 @@ from ..bank.file_format import write
 from ..pictures.files import printable
 
 FORMAT, VERSION = "safe_denoiser.condition", 1
-MOST = 2**26  # numbers of one tensor: a text of 10,000 words for the widest encoders; a file may come from anybody
-TENSORS = ("rows", "pooled_output", "attention_mask", "t5xxl_ids", "t5xxl_weights")  # what it may hold, and "conditioning_..."
+MOST = 2**26  # numbers in a tensor: enough for 10,000 words in the widest encoder, since a file may come from anybody
+TENSORS = ("rows", "pooled_output", "attention_mask", "t5xxl_ids", "t5xxl_weights")  # what a file may hold, besides "conditioning_..."
 NUMBERS = ("guidance", "width", "height", "crop_w", "crop_h", "target_width", "target_height", "aesthetic_score", "num_tokens")
 
 
 def holds(name: str, value) -> bool:
-    """Whether that is part of what encoders of text say, and nothing that changes how or where a condition is applied."""
+    """Whether a file may hold this: what text encoders produce, and nothing that changes how or where a condition is applied."""
     if isinstance(value, torch.Tensor):
         return name in TENSORS or name.startswith("conditioning_")
     return name in NUMBERS and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
@@ -24,12 +24,15 @@ def holds(name: str, value) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class SavedCondition:
-    """A condition.
+    """A condition, and the model that it was made for.
 
     Args:
-        tensors, numbers: by the names of ComfyUI's CONDITIONING; "rows" is the text.
-        model: fingerprint of the weights to which it belongs. family: their class, to tell people.
+        tensors, numbers: named as in ComfyUI's CONDITIONING; "rows" is the encoded text.
+        model: fingerprint of that model's weights. family: the name of its class, for messages.
         about: strings for people, such as how good it is.
+
+    Raises:
+        ValueError: no rows, something that a condition does not hold, a wrong shape, NaN or infinity.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -66,7 +69,7 @@ def load_condition(path: str | Path) -> SavedCondition:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, no condition, damaged, or written by a newer version.
+        ValueError: truncated, damaged, not a condition, or written by a newer version.
     """
     path = Path(path)
     if not path.is_file():
