@@ -158,13 +158,17 @@ def help_pictures(page, wanted):
 @contextmanager
 def canvas_of(comfyui):
     """The page of a ComfyUI of its own, drawn as a canvas."""
-    with tempfile.TemporaryDirectory() as base, Server(comfyui, base) as server, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=BROWSER)
-        server.post("/settings", {SETTING: False})
-        page = Page(browser.new_page(viewport=WINDOW), server, False)
-        page.view.add_style_tag(content=BARE)
-        yield page
-        browser.close()
+    with tempfile.TemporaryDirectory() as base:
+        listed = Path(base) / "models/unwanted_conditions/a_cigarette.safetensors"  # of an empty list the page says "undefined"
+        listed.parent.mkdir(parents=True)
+        listed.touch()
+        with Server(comfyui, base) as server, sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=BROWSER)
+            server.post("/settings", {SETTING: False})
+            page = Page(browser.new_page(viewport=WINDOW), server, False)
+            page.view.add_style_tag(content=BARE)
+            yield page
+            browser.close()
 
 
 def figures(comfyui, wanted):
