@@ -111,7 +111,7 @@ def weighed(query: Tensor, latents: Tensor | LazyLatents, weigh: Callable[[Tenso
     A bank on another device, in half precision or on disk is read once, in blocks; one that lies ready is one block.
     """
     count, total = rows_per_block(latents, query)[1], torch.zeros_like(query)
-    factors = query.new_empty(len(query), len(latents))  # small tensors kept between blocks would keep the memory of these from being reused
+    factors = query.new_empty(len(query), len(latents))  # in one piece: small ones would lie between the blocks' memory
     for start in range(0, len(latents), count):
         block = read(latents, start, start + count, query)
         part = factors.narrow(1, start, len(block)).copy_(weigh(squared_distances(query, block, rows(1.0, query))))

@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from safe_denoiser import Bank, SafeDenoiser, load_bank, save_bank
-from safe_denoiser.bank import lazy_latents
 from safe_denoiser.bank.lazy_latents import LazyLatents
 from safe_denoiser.density import kernel, separability
 
@@ -16,7 +15,8 @@ def banks(tmp_path, request, monkeypatch):
     read, reads = LazyLatents._read, []
     monkeypatch.setattr(kernel, "CACHED", 4 * 4 * 256)
     monkeypatch.setattr(separability, "BLOCK", 4 * 256)
-    monkeypatch.setattr(lazy_latents, "BLOCK", 4 * 4 * 256)
+    monkeypatch.setattr("safe_denoiser.bank.bank.BLOCK", 4 * 256)
+    monkeypatch.setattr("safe_denoiser.bank.lazy_latents.BLOCK", 4 * 4 * 256)
     monkeypatch.setattr(LazyLatents, "_read", lambda self, first, last: reads.append(last - first) or read(self, first, last))
     bank = Bank(torch.randn(N, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(getattr(torch, request.param)))
     save_bank(bank, tmp_path / "bank.safetensors")
