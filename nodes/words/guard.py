@@ -4,11 +4,14 @@ from collections import OrderedDict
 
 import torch
 
+from ...safe_denoiser import LatentCache
 from ...safe_denoiser.words.alarm import harmless
+from .. import folders
 from ..fingerprint import fingerprint
 from ..models.text_encoders import Encoded, Encoders
 from ..progress import progress
 
+KEPT = 1  # how scores are computed, in the keys of those that are kept on disk: another number where an encoding or a score changes
 REMEMBERED = 8  # guards that are kept: rows of some concepts, and how harmless prompts score
 _known: OrderedDict[str, "Guard"] = OrderedDict()
 
@@ -26,11 +29,19 @@ class Guard:
 
     @classmethod
     def of(cls, clip, concepts: list[str], names: bool) -> "Guard":
-        """One that may have been used before: to look at the harmless prompts costs an encoding each. What is kept holds no CLIP."""
+        """One that may have been used before: to look at the harmless prompts costs an encoding each, so that their scores are kept on disk
+        too. What is kept holds no CLIP.
+        """
         key = fingerprint(cls.__name__, clip.patcher, clip.layer_idx, clip.tokenizer_options, concepts, names)
         if key not in _known:
             new = cls(Encoders(clip), concepts, names)
-            new.harmless = new.measured()
+            cache = LatentCache(folders.cache("guards"), fingerprint(KEPT, harmless()), folders.CACHE_LIMIT)
+            path = cache.path(key, (), "harmless")
+            new.harmless = cache.get(path)
+            if new.harmless is None:
+                new.harmless = new.measured()
+                cache.put(path, new.harmless)
+                cache.trim()
             _known[key] = new.with_clip(None)
         _known.move_to_end(key)
         while len(_known) > REMEMBERED:

@@ -248,6 +248,33 @@ def test_the_harmless_prompts_are_encoded_once(guard, clips, monkeypatch):
     assert first > 100 > 4 > len(calls) - first
 
 
+def test_after_a_restart_the_scores_of_harmless_prompts_are_read_from_disk(guard, clips, monkeypatch):
+    """As long as the list, the encoder and what is looked for are the same."""
+    from pack.nodes import folders
+    from pack.nodes.words import guard as module
+
+    monkeypatch.setattr(module, "_known", type(module._known)())
+    before = guard("SD 1.5", "nude", concepts="two words")
+    real, measured = module.Guard.measured, []
+    monkeypatch.setattr(module.Guard, "measured", lambda self: measured.append(0) or real(self))
+
+    def restarted(**settings):
+        module._known.clear()
+        return guard("SD 1.5", "nude", **{"concepts": "two words", **settings})
+
+    again = restarted()
+    assert not measured and again[1] == before[1] and torch.equal(again[0][0][0], before[0][0][0])
+    restarted(concepts="other words"), restarted(method="safree")
+    assert len(measured) == 2
+    for path in folders.cache("guards").glob("*.safetensors"):
+        path.write_bytes(b"damaged")
+    assert restarted()[1] == before[1] and len(measured) == 3
+    fewer = module.harmless()[:-1]
+    monkeypatch.setattr(module, "harmless", lambda: fewer)
+    restarted()
+    assert len(measured) == 4, "another list"
+
+
 def test_names_are_looked_for_in_what_is_said_of_them(pack):
     from pack.nodes.words.guard_prompt import concepts_of
 
