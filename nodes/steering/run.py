@@ -15,6 +15,7 @@ from ..models.loading import hold, require_size
 from ..models.noise import forward_process, refuse, std_at
 from ..progress import SECONDS, Live, progress
 from .conditions import HANDLER
+from .noise_levels import NoiseLevels
 from .witness import Witness
 
 KEY = "safe_denoiser"
@@ -50,6 +51,23 @@ class Picture:
         return torch.cat([picture.reshape(len(packed), 1, -1), packed[..., math.prod(self.shape):]], -1)
 
 
+class Guides:
+    """The predictions of which a run's guidance is made. Where a cache skips the model, go on as LazyCache does, with the offset of the
+    latest call.
+    """
+
+    offset: torch.Tensor | None = None
+
+    def of(self, guider, x: torch.Tensor, seen: dict) -> dict[str, torch.Tensor]:
+        """At x, by what was seen of the call, see `guidance`."""
+        guides = guidance(guider, seen)
+        if guides:
+            self.offset = guides["unconditional"] - x
+        elif not seen and self.offset is not None and self.offset.shape == x.shape:
+            guides = {"unconditional": x + self.offset}
+        return guides
+
+
 class Run:
     """One run of a guider on a patched model: what corrects it, and what is remembered from call to call.
 
@@ -68,22 +86,19 @@ class Run:
         self.patch, self.patcher, self.report, self.told = patch, guider.model_patcher, report, told
         self.witness, self.live, self.memory = Witness(patch.given), Live(patch.board, id(patch)), {}
         self.held = self._hold(noise.shape)
-        self.sampling, self.rises, self.calling = None, False, False  # until it begins
+        self.levels, self.calling = None, False  # until it begins
 
     def _hold(self, shape) -> dict:
         return {name: hold(bank, self.patcher, shape, self.patch.bank_size) for name, bank in self.patch.banks.items()}
 
     def begin(self, guider, noise: torch.Tensor, sigmas: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> None:
         """The sampler is about to start: the model is loaded, and the banks with it."""
-        self.sampling, self.sigmas, self.mask = guider.inner_model.model_sampling, sigmas, mask
+        self.levels = levels = NoiseLevels(guider.inner_model.model_sampling, sigmas, mask)
         self.picture = Picture(getattr(guider.inner_model, "latent_shapes", None))
-        self.fresh = sigmas is not None and float(sigmas[0]) >= 0.99 * float(self.sampling.percent_to_sigma(0.01))
-        self.exchanged = None
-        self.offset, self.rows, self.lowest, self.highest = None, len(noise), math.inf, -math.inf
-        self.rises = sigmas is not None and len(sigmas) > 1 and bool(sigmas[-1] > sigmas[0])
+        self.exchanged, self.guides, self.rows = None, Guides(), len(noise)
         self.patch.begun = True
         self.report.steps.clear()
-        self.report.notes[:] = [note for note, so in ((UNTOLD, sigmas is None), (RISES, self.rises)) if so and self.patch.on]
+        self.report.notes[:] = [note for note, so in ((UNTOLD, sigmas is None), (RISES, levels.rises)) if so and self.patch.on]
         self.report.weak[:] = weaknesses(self.patch.denoiser, "unwanted" in self.patch.connected) if self.patch.on else []
         denoiser = self._denoiser(guider, self.held, self.picture.of(noise).shape)
         self.denoisers = {tuple(self.picture.of(noise).shape[1:]): denoiser}
@@ -96,16 +111,17 @@ class Run:
 
     def end(self, finished: bool) -> None:
         """It is over, or was stopped: the node tells what was done, and where nothing was, though it was meant, the log does too."""
-        if self.sampling is None:
+        if self.levels is None:
             return
         if self.exchanged is not None and bool(self.exchanged):
             self.note(EXCHANGED)
             logging.warning("safe denoiser: %s", EXCHANGED)
         if self.witness.alike and (alike := int(torch.stack(self.witness.alike).sum())):
             self.note(f"in {alike} of {len(self.witness.alike)} {ALIKE}")
-        if not finished and self.patch.on and self.sigmas is not None:
-            self.note(f"{STOPPED} {len(self.report.steps)} model calls of a schedule of {len(self.sigmas) - 1} steps")
-        elif finished and self.patch.meant and not self.report.steps and (self.sigmas is None or len(self.sigmas) > 1):
+        steps = self.levels.steps
+        if not finished and self.patch.on and steps is not None:
+            self.note(f"{STOPPED} {len(self.report.steps)} model calls of a schedule of {steps} steps")
+        elif finished and self.patch.meant and not self.report.steps and (steps is None or steps > 0):
             self.patch.unsteered(self.report)
         if self.report is self.patch.report:
             self.live.end(self.report, self.patch.on, finished)
@@ -121,9 +137,10 @@ class Run:
                 require_size(self.patch.banks[name], one.bank, shape)
         for note in filter(None, (one.note for one in held.values())):
             self.note(note)
-        patch, semantic = self.patch, self.patch.denoiser.semantic
+        patch, levels, semantic = self.patch, self.levels, self.patch.denoiser.semantic
         return replace(patch.denoiser, **{name: one.bank for name, one in held.items()}, memory=self.memory,
-                       sigma_start=0.0 if self.rises else std_at(self.sampling, patch.start), sigma_end=std_at(self.sampling, patch.end),
+                       sigma_start=0.0 if levels.rises else std_at(levels.sampling, patch.start),
+                       sigma_end=std_at(levels.sampling, patch.end),
                        semantic=semantic and semantic(guider.inner_model.process_latent_out))
 
     def denoiser_for(self, guider, x: torch.Tensor) -> SafeDenoiser:
@@ -136,25 +153,6 @@ class Run:
             denoiser.forget()  # the rows before need not be these
             self.note(ROWS)
         return denoiser
-
-    def is_over(self, sigma: float) -> bool:
-        """Whether a call at this noise level belongs to a next run; asked only where nobody tells."""
-        over = sigma >= self.highest and self.lowest < self.highest
-        self.lowest, self.highest = min(self.lowest, sigma), max(self.highest, sigma)
-        return over
-
-    def begins_step(self, timestep: torch.Tensor) -> torch.Tensor | bool:
-        """Whether a call at this noise level is none of a sampler's between two levels of the schedule, as far as that is known; on the
-        device, so that nobody waits for it.
-        """
-        level = timestep.max()
-        return self.sigmas is None or ((self.sigmas.to(level) - level).abs() <= 1e-4 * level).any()
-
-    def mask_at(self, guider, timestep: torch.Tensor, model_options: dict) -> torch.Tensor | None:
-        change = model_options.get("denoise_mask_function")  # Differential Diffusion: another mask at each step
-        if self.mask is None or change is None:
-            return self.mask
-        return change(timestep, self.mask, extra_options={"model": guider, "sigmas": self.sigmas})
 
     def correct(self, denoiser: SafeDenoiser, x, raw, level, mask, guides: dict, reach, begins) -> tuple[torch.Tensor, Step | None]:
         """`safe`, as far as the conditions reach; with neither a bank nor a prediction to go by, inside a window that is never open."""
@@ -172,7 +170,7 @@ class Run:
     def compare(self, denoiser: SafeDenoiser, mask, guides: dict) -> None:
         """At the first call of a run from pure noise: do the banks' wires look exchanged? Asked of the device when the run is over."""
         banks = denoiser.bank, denoiser.reference
-        if not self.report.steps and None not in banks and mask is None and self.fresh and "unconditional" in guides:
+        if not self.report.steps and None not in banks and mask is None and self.levels.fresh and "unconditional" in guides:
             self.exchanged = looks_exchanged(*banks, self.picture.of(guides["unconditional"]))
 
     def record(self, step: Step | None) -> None:
@@ -186,8 +184,8 @@ class Run:
     def steer(self, executor, x, timestep, model_options, *args, **kwargs):
         """One call of the guider, corrected."""
         guider = executor.class_obj
-        denoiser, witness = self.denoiser_for(guider, x), self.witness
-        mask, level = self.mask_at(guider, timestep, model_options), forward_process(self.sampling, timestep, x.ndim)
+        denoiser, witness, levels = self.denoiser_for(guider, x), self.witness, self.levels
+        mask, level = levels.mask_at(guider, timestep, model_options), forward_process(levels.sampling, timestep, x.ndim)
         given, (model_options, late, seen) = model_options, watch(model_options, guider)
         shared = model_options.get(KEY, {})  # of several patches on one model, all correct the prediction that the innermost got
         model_options = {**model_options, KEY: shared}
@@ -196,11 +194,7 @@ class Run:
             model_options = witness.ask(guider, shared, model_options, timestep, bool(denoiser.listens(level[0]).any()))
         denoised = executor(x, timestep, model_options, *args, **kwargs)
         carry(model_options, given, {KEY, HANDLER})
-        guides = guidance(guider, seen)
-        if guides:
-            self.offset = guides["unconditional"] - x
-        elif not seen and self.offset is not None and self.offset.shape == x.shape:  # a cache skipped the model: go on as LazyCache does,
-            guides = {"unconditional": x + self.offset}  # with the offset of the latest call
+        guides = self.guides.of(guider, x, seen)
         if seen and seen["cond"] is guider.conds.get("positive", seen["cond"]):
             shared.setdefault("conditional", predicted(seen, "cond"))
         raw, guides = shared.setdefault("predictions", (denoised, guides))
@@ -216,7 +210,7 @@ class Run:
             self.report.weak.append(NO_NEUTRAL)
         reach = witness.reach(guider, x, timestep) if heard else None
         self.compare(denoiser, mask, guides)
-        begins = self.begins_step(timestep) if heard else True  # only rules that hear something ask
+        begins = levels.begins_step(timestep) if heard else True  # only rules that hear something ask
         safe_denoised, step = self.correct(denoiser, x, raw, level, mask, guides | heard, reach, begins)
         if raw is not denoised:
             safe_denoised = denoised if step is None else denoised + (safe_denoised - raw)

@@ -90,7 +90,7 @@ class Patch:
         another guider, whose run has not begun, is in that run.
         """
         told = self.runs.get(guider)
-        known = told if told and told.told else next((run for run in self.runs.values() if run.told and run.sampling is None), None)
+        known = told if told and told.told else next((run for run in self.runs.values() if run.told and run.levels is None), None)
         run = self.runs[guider] = known or self.open(guider, noise, True)
         finished = False
         try:
@@ -110,7 +110,7 @@ class Patch:
             run.memory = remembered(run.report, latent_image, conds, float(sigmas[0]))
             midway = not run.memory and not noise.count_nonzero() and bool(latent_image.count_nonzero())
             samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-            if midway and run.memory and run.report.steps and not run.rises:  # most rules that hear nothing remember nothing either
+            if midway and run.memory and run.report.steps and not run.levels.rises:  # most rules that hear nothing remember nothing either
                 run.note(MIDWAY)
             remember(run.report, samples, run.memory, conds, float(sigmas[-1]))
             return samples
@@ -133,9 +133,9 @@ class Patch:
     def now(self, guider, x: torch.Tensor, timestep: torch.Tensor) -> Run:
         """The run that a call belongs to; one that nobody told of begins with its first call."""
         run = self.runs.get(guider)
-        if run is None or not run.told and run.sampling is not None and run.is_over(float(timestep.max())):
+        if run is None or not run.told and run.levels is not None and run.levels.is_over(float(timestep.max())):
             run = self.open(guider, Picture(getattr(guider.inner_model, "latent_shapes", None)).of(x), False)
-        if run.sampling is None:
+        if run.levels is None:
             run.begin(guider, x)
         return run
 

@@ -17,8 +17,7 @@ from safe_denoiser.rules.rule import Rule
 ROOT = Path(__file__).parents[2]
 FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
          for part in ("safe_denoiser", "nodes") for path in sorted((ROOT / part).rglob("*.py"))}
-CLASSES = [(name, one) for name, tree in FILES.items() if name.startswith("safe_denoiser/")
-           for one in ast.walk(tree) if isinstance(one, ast.ClassDef)]
+CLASSES = [(name, one) for name, tree in FILES.items() for one in ast.walk(tree) if isinstance(one, ast.ClassDef)]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
