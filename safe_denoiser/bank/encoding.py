@@ -1,4 +1,5 @@
 """From pictures to a bank: each picture is resized, and encoded to a latent once."""
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -82,35 +83,33 @@ def encode_bank(negation_set: NegationSet, encode: Callable[[torch.Tensor], torc
         ValueError: the set holds latents of a saved bank whose shape differs from those that are encoded; a picture that cannot be read
             any more, or for which `encode` gives NaN or infinity: the message names it.
     """
-    latents, count = [], len(negation_set)
-    stored = negation_set.latents or (None,) * count
+    count, done, tell = len(negation_set), itertools.count(1), progress or (lambda done, total: None)
+    latents = [*negation_set.latents] or [None] * count
 
     def place(fingerprint: str) -> Path | None:
         return cache and cache.path(fingerprint, size, fit)
 
-    known = [None if negation_set.changed(i) else place(fingerprint) for i, fingerprint in enumerate(negation_set.fingerprints)]
-
-    def prepare(i: int) -> tuple[torch.Tensor | None, torch.Tensor | None, Path | None]:
-        """The latent where there is one, else the picture and where its latent belongs."""
-        latent = stored[i] if stored[i] is not None else known[i] and cache.get(known[i])
-        if latent is not None:
-            return latent, None, None
-        picture, fingerprint = negation_set.read(i)  # by what is read now: a file may be replaced at any time
-        return None, fit_picture(picture, size, fit), place(fingerprint)
+    def prepare(i: int) -> tuple[torch.Tensor, Path | None]:
+        """The picture, and where its latent belongs: by what is read now, since a file may be replaced at any time."""
+        picture, fingerprint = negation_set.read(missing[i])
+        return fit_picture(picture, size, fit), place(fingerprint)
 
     try:
-        with closing(read_ahead(prepare, count)) as ready:
-            for i, (latent, picture, path) in enumerate(ready):
-                if latent is None:
-                    latent = encode(picture).detach().cpu().contiguous()
-                    if not bool(latent.isfinite().all()):
-                        raise ValueError(f"the VAE gives NaN or infinity for {negation_set.names[i]}; run it in higher precision (ComfyUI "
-                                         f"--fp32-vae or --bf16-vae), or take the picture out of the set")
-                    if path:
-                        cache.put(path, latent)
-                latents.append(latent)
-                if progress:
-                    progress(i + 1, count)
+        for i, fingerprint in enumerate(negation_set.fingerprints):  # what is there costs less to read than to hand to a thread
+            if latents[i] is None and cache and not negation_set.changed(i):
+                latents[i] = cache.get(place(fingerprint))
+            if latents[i] is not None:
+                tell(next(done), count)
+        missing = [i for i, latent in enumerate(latents) if latent is None]
+        with closing(read_ahead(prepare, len(missing))) as ready:
+            for i, (picture, path) in zip(missing, ready):
+                latent = latents[i] = encode(picture).detach().cpu().contiguous()
+                if not bool(latent.isfinite().all()):
+                    raise ValueError(f"the VAE gives NaN or infinity for {negation_set.names[i]}; run it in higher precision (ComfyUI "
+                                     f"--fp32-vae or --bf16-vae), or take the picture out of the set")
+                if path:
+                    cache.put(path, latent)
+                tell(next(done), count)
     finally:
         if cache:
             cache.trim()
