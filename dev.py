@@ -37,6 +37,7 @@ PICTURES = {  # all that pages, templates and the registry show: the module that
     "example_workflows/*.jpg": PAGE,
     "web/docs/img/*.png": PAGE,
     "docs/before_after.png": "tiny_digits.demo --comfyui {comfyui} --picture {to}",
+    "docs/photographs.png": "tiny_photos.demo --picture {to}",
     "docs/parts.png": "benchmarks.mosaic --picture {to}",
     "benchmarks/safety.png": "benchmarks.safety --plot {to}",
     "assets/*.svg": None,

@@ -80,20 +80,20 @@ def standalone(world):
     yield draw
 
 
-def before_after(off, on, unsafe_off, unsafe_on):
-    """Picture of pairs of rows, off above on, one seed per column; the negated digit is outlined in red."""
-    cell, margin, gap = 32 * ZOOM, 70, 24
-    height = ROWS * (2 * cell + gap)
-    sheet = Image.new("RGB", (margin + COLUMNS * cell, height), "white")
+def before_after(off, on, unsafe_off, unsafe_on, columns=COLUMNS, rows=ROWS, cell=32 * ZOOM, enlarge=Image.Resampling.NEAREST):
+    """Picture of pairs of rows, off above on, one seed per column; what is negated is outlined in red."""
+    margin, gap = 70, 24
+    height = rows * (2 * cell + gap)
+    sheet = Image.new("RGB", (margin + columns * cell, height), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(28)
     for line, (label, pixels, unsafe) in enumerate([("off", off, unsafe_off), ("on", on, unsafe_on)]):
-        for i in range(ROWS * COLUMNS):
-            left, top = margin + i % COLUMNS * cell, i // COLUMNS * (2 * cell + gap) + line * cell
+        for i in range(rows * columns):
+            left, top = margin + i % columns * cell, i // columns * (2 * cell + gap) + line * cell
             picture = Image.fromarray((pixels[i] * 255).round().byte().movedim(0, -1).numpy())
-            sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (left, top))
+            sheet.paste(picture.resize((cell, cell), enlarge), (left, top))
             if unsafe[i]:
                 canvas.rectangle((left, top, left + cell - 1, top + cell - 1), outline="red", width=4)
-            if i % COLUMNS == 0:
+            if i % columns == 0:
                 canvas.text((margin // 2, top + cell // 2), label, fill="black", font=font, anchor="mm")
     return sheet
 
