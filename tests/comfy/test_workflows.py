@@ -338,7 +338,7 @@ def test_a_folder_of_photographs_is_enough_as_well(draw):
     world = TinyPhotos()
     off, on = (world.classes(torch.from_numpy(pictures[kind]).movedim(-1, 1) / 255) for kind in ("PreviewImage", "SaveImage"))
     truck = CLASSES.index("truck")
-    assert (off == truck).sum() > 3 and not (on == truck).any()
+    assert (off == truck).sum() > 3 and (on == truck).sum() <= 1, "1 to 5 % of all pictures are left, see tiny_photos"
     assert (on == off)[off != truck].float().mean() > 0.6, "some automobiles are airplanes to the judge, before and after"
     assert "as the unwanted condition tells" in report
 
